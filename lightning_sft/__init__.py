@@ -1,0 +1,68 @@
+"""lightning-sft: supervised fine-tuning of causal language models on PyTorch Lightning.
+
+The names below are the public surface; they are imported when first used, so that this import is fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Adapter": "lightning_sft.bases",
+    "BatchPlan": "lightning_sft.data.plan",
+    "Conversation": "lightning_sft.conversation",
+    "DataFormat": "lightning_sft.bases",
+    "Example": "lightning_sft.rendering",
+    "Loss": "lightning_sft.bases",
+    "Message": "lightning_sft.conversation",
+    "Meta": "lightning_sft.conversation",
+    "Renderer": "lightning_sft.rendering",
+    "Row": "lightning_sft.conversation",
+    "SFTDataModule": "lightning_sft.data.datamodule",
+    "SFTError": "lightning_sft.errors",
+    "SFTModule": "lightning_sft.training.module",
+    "Segments": "lightning_sft.conversation",
+    "TokenBatch": "lightning_sft.bases",
+    "ToolCall": "lightning_sft.conversation",
+}
+
+if TYPE_CHECKING:
+    from lightning_sft.bases import Adapter, DataFormat, Loss, TokenBatch
+    from lightning_sft.conversation import Conversation, Message, Meta, Row, Segments, ToolCall
+    from lightning_sft.data.datamodule import SFTDataModule
+    from lightning_sft.data.plan import BatchPlan
+    from lightning_sft.errors import SFTError
+    from lightning_sft.rendering import Example, Renderer
+    from lightning_sft.training.module import SFTModule
+
+__all__ = [
+    "Adapter",
+    "BatchPlan",
+    "Conversation",
+    "DataFormat",
+    "Example",
+    "Loss",
+    "Message",
+    "Meta",
+    "Renderer",
+    "Row",
+    "SFTDataModule",
+    "SFTError",
+    "SFTModule",
+    "Segments",
+    "TokenBatch",
+    "ToolCall",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lightning_sft' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,89 @@
+"""The abstract bases that plug-ins subclass.
+
+A plug-in's typed `__init__` parameters with their docstrings are its options in YAML and in `--help`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_sft.conversation import Conversation, Row, Segments
+from lightning_sft.errors import SFTError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+class DataFormat(ABC):
+    """Turns one row of a data file into conversations."""
+
+    @abstractmethod
+    def matches(self, columns: frozenset[str]) -> bool:
+        """Whether a file with these columns is in this format; used by `format: auto`."""
+
+    @abstractmethod
+    def convert(self, row: Row) -> Iterable[Conversation | Segments]:
+        """The row's conversations: usually one. Pure: the same row always gives the same result.
+
+        Raises:
+            SFTError: The row can't be converted: what is wrong, and `where` the key. The file and the row
+                number are added by the caller.
+        """
+
+
+class Adapter(ABC):
+    """Decides which of the model's parameters are trained, and how they are exported."""
+
+    @abstractmethod
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model to train: parameters to train have `requires_grad`, all others do not."""
+
+    @abstractmethod
+    def export(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write what was trained to `folder`, as safetensors that transformers or peft load."""
+
+    def quantization(self) -> object | None:
+        """The transformers quantisation config to load the base with, or None."""
+        return None
+
+    @contextmanager
+    def base_model(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+        """Within this context `model` computes what the base computed before training.
+
+        Raises:
+            SFTError: This adapter changes the base's own weights, so the base is gone.
+        """
+        raise SFTError(
+            f"the {type(self).__name__} adapter trains the base's own weights; it can't compute the base's outputs",
+            fix="use an adapter that leaves the base as it was, such as LoRA",
+        )
+        yield model
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """The trained tokens of one chunk, as a loss sees them; `n` tokens, vocabulary `V`.
+
+    Args:
+        logits: Float `[n, V]`, in at least float32, with the model's soft cap and scale applied.
+        targets: Int `[n]`: the id that each position has to predict.
+        weights: Float `[n]`: the loss weight of each target; the caller applies them.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+class Loss(ABC):
+    """A loss per token. The engine takes Σ weight · loss over the optimizer step, divided by Σ weight."""
+
+    @abstractmethod
+    def per_token(self, batch: TokenBatch) -> Tensor:
+        """The unweighted loss of each token: float `[n]`, differentiable in `batch.logits`."""

@@ -1,0 +1,91 @@
+"""The one canonical form that every data format produces.
+
+A row becomes `Conversation`s (chat turns, rendered through the chat template) or `Segments` (text as it
+stands, each piece with a weight). Plain frozen dataclasses: no tensor and no framework type in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""The roles a `Message` may have, in the names chat templates use."""
+
+Row = Mapping[str, object]
+"""One row of a data file: column name → JSON value."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call of a tool by the assistant.
+
+    Args:
+        name: The function's name.
+        arguments: Its arguments: a JSON object, or the text as given where that isn't one.
+        id: The call's id, where the data has one.
+    """
+
+    name: str
+    arguments: Mapping[str, object] | str
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation.
+
+    Args:
+        role: One of `ROLES`.
+        content: The text of the turn; may be empty when there are `tool_calls`.
+        reasoning: What the assistant thought before it answered (`reasoning_content` in chat templates).
+        tool_calls: The tools the assistant calls in this turn.
+        tool_call_id: For role `tool`: the id of the call that this answers.
+        name: The speaker's or the tool's name, where the data has one.
+        weight: Loss weight of this turn's tokens; None is the default policy (assistant 1, others 0).
+    """
+
+    role: str
+    content: str = ""
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """Where a conversation comes from.
+
+    Args:
+        source: The file or the Hub dataset it was read from.
+        row: Its row there, counted from 1 (the line number in a JSONL file).
+        task: The task's name, where the data has one.
+        language: The language's code, where the data has one.
+    """
+
+    source: str = ""
+    row: int = 0
+    task: str | None = None
+    language: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.source}, row {self.row}"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in order, with the tools that the assistant may call (JSON schemas, as given)."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, object], ...] = ()
+    meta: Meta = field(default_factory=Meta)
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Text that is trained on as it stands, without a chat template: `(text, weight)` pieces in order."""
+
+    segments: tuple[tuple[str, float], ...]
+    meta: Meta = field(default_factory=Meta)

@@ -1,0 +1,1 @@
+"""First-party adapters for lightning-sft."""

@@ -1,0 +1,1 @@
+"""First-party losses for lightning-sft."""
