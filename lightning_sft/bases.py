@@ -60,7 +60,7 @@ class Adapter(ABC):
             SFTError: This adapter changes the base's own weights, so the base is gone.
         """
         raise SFTError(
-            f"the {type(self).__name__} adapter trains the base's own weights; it can't compute the base's outputs",
+            f"the {type(self).__name__} adapter trains the base's own weights, so the base's outputs are gone",
             fix="use an adapter that leaves the base as it was, such as LoRA",
         )
         yield model
