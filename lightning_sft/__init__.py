@@ -15,7 +15,7 @@ _HOME = {
     "BatchPlan": "lightning_sft.data.plan",
     "Conversation": "lightning_sft.conversation",
     "DataFormat": "lightning_sft.bases",
-    "Example": "lightning_sft.rendering",
+    "Example": "lightning_sft.example",
     "Loss": "lightning_sft.bases",
     "Message": "lightning_sft.conversation",
     "Meta": "lightning_sft.conversation",
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from lightning_sft.data.datamodule import SFTDataModule
     from lightning_sft.data.plan import BatchPlan
     from lightning_sft.errors import SFTError
-    from lightning_sft.rendering import Example, Renderer
+    from lightning_sft.example import Example
+    from lightning_sft.rendering import Renderer
     from lightning_sft.training.module import SFTModule
 
 __all__ = [

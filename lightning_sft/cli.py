@@ -1,0 +1,155 @@
+"""`fit`, `validate` and `test`: LightningCLI over SFTModule, SFTDataModule and the plug-ins that are named."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_sft import plugins, run_folder
+from lightning_sft.data.datamodule import SFTDataModule
+from lightning_sft.training.module import SFTModule
+from lightning_sft.training.progress import Progress
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser, with a did-you-mean."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Add the nearest known name to the message, then exit with 2."""
+        super().error(_with_suggestion(message, self), ex)
+        raise SystemExit(2)
+
+
+class SFTCommand(LightningCLI):
+    """The commands that train and validate, on one YAML."""
+
+    folder: Path | None = None
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The Trainer's methods that are commands, and their parameters that are not options."""
+        skip = {"model", "dataloaders", "datamodule"}
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": skip,
+            "test": skip,
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Show the default adapter and loss as what they are."""
+        for key, kind in (("model.adapter", "adapters"), ("model.loss", "losses")):
+            default = plugins.default(kind)
+            parser.set_defaults({key: {"class_path": f"{default.__module__}.{default.__qualname__}"}})
+
+    def before_instantiate_classes(self) -> None:
+        """Claim the run folder, and set the run's end where the configuration sets none."""
+        if self.subcommand != "fit":
+            return
+        config = self.config.fit
+        trainer = config.trainer
+        if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
+            trainer.max_epochs = 3
+        if trainer.fast_dev_run:
+            return
+        name = Path(str(config.config[-1])).stem if config.config else "run"
+        resuming = config.ckpt_path is not None
+        self.folder = run_folder.claim(trainer.default_root_dir, name, resuming=resuming)
+        trainer.default_root_dir = str(self.folder)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer, with what every run has: checkpoints, metrics and model in the run folder, progress."""
+        given = dict(self._get(self.config_init, "trainer"))
+        callbacks = list(_as_list(given["callbacks"]))
+        if given["enable_progress_bar"] is not False and not _has(callbacks, ProgressBar):
+            callbacks.append(Progress())
+        if self.folder is None:
+            kwargs.setdefault("logger", given["logger"] or False)
+            kwargs.setdefault("enable_checkpointing", _has(callbacks, ModelCheckpoint))
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        if given["enable_checkpointing"] is not False and not _has(callbacks, ModelCheckpoint):
+            callbacks.append(self._checkpoints())
+        if given["logger"] is None or given["logger"] is True:
+            kwargs.setdefault("logger", CSVLogger(self.folder, name="", version="", flush_logs_every_n_steps=10))
+        parser = self._parser(self.subcommand)
+        config = self.config.fit.clone()
+        config.pop("config", None)
+        callbacks.append(run_folder.RunFolder(parser.dump(config, skip_none=False)))
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _checkpoints(self) -> ModelCheckpoint:
+        """The last checkpoint, and the best by validation loss where there is validation data."""
+        assert self.folder is not None
+        validated = bool(self.datamodule.sources["val"]) or self.datamodule.val_split is not None
+        return ModelCheckpoint(
+            dirpath=self.folder / run_folder.CHECKPOINTS,
+            filename="epoch{epoch}-step{step}",
+            auto_insert_metric_name=False,
+            monitor="val/loss" if validated else None,
+            save_last=True,
+        )
+
+    def after_fit(self) -> None:
+        """Say where everything is."""
+        if self.folder is not None and self.trainer.is_global_zero and not self.trainer.interrupted:
+            print(
+                f"\nThe run is in {self.folder}: config.yaml, metrics.csv, ledger.json, checkpoints/, model/\n"
+                f'Try it:   lightning-sft generate {self.folder} --prompt "..."\n'
+                f"Export:   lightning-sft export {self.folder} --merge"
+            )
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run `fit`, `validate` or `test` with these arguments, the command's name first.
+
+    Raises:
+        SFTError: Something that the user gave is at fault.
+        SystemExit: With 2 if the arguments or a config file can't be parsed.
+    """
+    _quieten()
+    plugins.load_named(plugins.named_in(argv))
+    command = SFTCommand.__new__(SFTCommand)
+    try:
+        command.__init__(  # type: ignore[misc]
+            SFTModule,
+            SFTDataModule,
+            args=list(argv),
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={"log_every_n_steps": 10},
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+    except BaseException:
+        if command.folder is not None:
+            run_folder.release(command.folder)
+        raise
+
+
+def _with_suggestion(message: str, parser: LightningArgumentParser) -> str:
+    known = [plugin.name for plugin in plugins.discover()]
+    return message
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _has(callbacks: Sequence[object], kind: type) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
+
+
+def _quieten() -> None:
+    """Leave out what says nothing about the run."""
+    warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")

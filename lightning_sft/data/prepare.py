@@ -1,0 +1,151 @@
+"""From sources to examples: read, convert, render, fit into the context; every step counted in a ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Literal
+
+from lightning_sft import plugins
+from lightning_sft.bases import DataFormat
+from lightning_sft.conversation import Meta, Row
+from lightning_sft.data.ledger import SourceLedger, count_trained
+from lightning_sft.data.sources import Source, convert_rows, detect_format, read_rows
+from lightning_sft.data.split import prompt_key
+from lightning_sft.errors import SFTError
+from lightning_sft.example import Example
+from lightning_sft.rendering import Renderer
+
+Overlong = Literal["drop", "truncate_right"]
+
+_CHUNK = 256  # conversations that are encoded in one call
+
+
+@dataclass
+class Prepared:
+    """The examples of some sources.
+
+    Args:
+        examples: In the order of sources and rows.
+        keys: The prompt of each, normalised: what may not be on both sides of a split.
+        ledgers: One account per source.
+    """
+
+    examples: list[Example] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    ledgers: list[SourceLedger] = field(default_factory=list)
+
+    @property
+    def weight_sums(self) -> list[float]:
+        """Σ weights of every example."""
+        return [float(example.weights.sum(dtype="float64")) for example in self.examples]
+
+
+def prepare(
+    sources: Sequence[Source], renderer: Renderer, *, max_length: int | None, overlong: Overlong
+) -> Prepared:
+    """Read the sources and render their rows.
+
+    Args:
+        sources: What to read, in this order.
+        renderer: Makes examples of conversations.
+        max_length: Most tokens of an example; None is no limit.
+        overlong: What happens to a longer one.
+
+    Raises:
+        SFTError: A source or a row is at fault; says which.
+    """
+    prepared = Prepared()
+    for source in sources:
+        rows = read_rows(source)
+        format, rows = _format_of(source, rows)
+        description = plugins.describe(format)
+        ledger = SourceLedger(source=source.path, format=description)
+        conversations = convert_rows(_counted(rows, ledger), format, description)
+        while chunk := list(islice(conversations, _CHUNK)):
+            ledger.conversations += len(chunk)
+            for conversation, example in zip(chunk, renderer.render_all(chunk), strict=True):
+                fitted = _fit(example, ledger, max_length, overlong)
+                if fitted is not None:
+                    prepared.examples.append(fitted)
+                    prepared.keys.append(prompt_key(conversation))
+        ledger.check()
+        prepared.ledgers.append(ledger)
+    return prepared
+
+
+def check_losses(prepared: Prepared, max_lost_fraction: float) -> None:
+    """Refuse to go on when too much of what should be trained was lost.
+
+    Raises:
+        SFTError: More than `max_lost_fraction` of the trained tokens was lost, or nothing is left.
+    """
+    lost = [loss for ledger in prepared.ledgers for loss in ledger.lost]
+    trained = sum(ledger.trained_tokens for ledger in prepared.ledgers)
+    lost_trained = sum(loss.trained_tokens for loss in lost)
+    where = ", ".join(ledger.source for ledger in prepared.ledgers)
+    fix = "raise data.max_length; or choose data.overlong: truncate_right; or accept it with data.max_lost_fraction"
+    if not prepared.examples:
+        reasons = {reason for ledger in prepared.ledgers for reason in ledger.dropped}
+        raise SFTError(
+            "nothing is left to train on"
+            + (f": every example was {', '.join(sorted(reasons))}" if reasons else ""),
+            where=where,
+            fix=fix if reasons else "give data with at least one row",
+        )
+    fraction = lost_trained / (trained + lost_trained)
+    if fraction > max_lost_fraction:
+        raise SFTError(
+            f"{fraction:.1%} of the tokens to train ({lost_trained:,} of {trained + lost_trained:,}, in "
+            f"{sum(loss.examples for loss in lost):,} examples) would be lost, more than data.max_lost_fraction "
+            f"{max_lost_fraction:.1%}",
+            where=where,
+            fix=fix,
+        )
+
+
+def _format_of(
+    source: Source, rows: Iterator[tuple[Meta, Row]]
+) -> tuple[DataFormat, Iterator[tuple[Meta, Row]]]:
+    if source.format != "auto":
+        return source.format, rows
+    first = next(rows)  # read_rows refuses a source without rows
+    candidates = {plugin.name: plugin.load()() for plugin in plugins.discover("formats")}
+    format = detect_format(frozenset(first[1]), candidates, source.path)
+
+    def again() -> Iterator[tuple[Meta, Row]]:
+        yield first
+        yield from rows
+
+    return format, again()
+
+
+def _counted(rows: Iterator[tuple[Meta, Row]], ledger: SourceLedger) -> Iterator[tuple[Meta, Row]]:
+    for item in rows:
+        ledger.rows += 1
+        yield item
+
+
+def _fit(
+    example: Example, ledger: SourceLedger, max_length: int | None, overlong: Overlong
+) -> Example | None:
+    ledger.tokens += len(example)
+    if max_length is None or len(example) <= max_length:
+        ledger.keep(example)
+        return example
+    reason, trained = f"longer than max_length {max_length}", count_trained(example)
+    if overlong == "truncate_right":
+        cut = replace(
+            example,
+            input_ids=example.input_ids[:max_length],
+            weights=example.weights[:max_length],
+            reasons=example.reasons[:max_length],
+        )
+        if left := count_trained(cut):
+            ledger.lose(ledger.truncated, reason, len(example) - max_length, trained - left)
+            ledger.keep(cut)
+            return cut
+        reason = f"without a trained token in the first {max_length}"
+    ledger.lose(ledger.dropped, reason, len(example), trained)
+    return None

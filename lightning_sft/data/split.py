@@ -1,0 +1,105 @@
+"""A validation split without leakage: rows with the same prompt are all trained on or all held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from lightning_sft.conversation import Conversation, Segments
+from lightning_sft.errors import SFTError
+
+
+def prompt_key(conversation: Conversation | Segments) -> str:
+    """What makes two conversations the same question: the text before the first answer.
+
+    Of a conversation, the roles and contents before the first assistant message that follows a user's; of
+    segments, the leading text of weight 0. Where that is nothing, everything. Case and the amount of
+    whitespace don't count.
+    """
+    if isinstance(conversation, Segments):
+        return _segments_key(conversation)
+    messages = conversation.messages
+    asked = next((n for n, m in enumerate(messages) if m.role == "user"), len(messages))
+    answered = (n for n, m in enumerate(messages) if m.role == "assistant" and n > asked)
+    prompt = messages[: next(answered, len(messages))]
+    return "\n".join(f"{m.role}: {_normal(m.content)}" for m in prompt)
+
+
+def _segments_key(segments: Segments) -> str:
+    prompt = []
+    for text, weight in segments.segments:
+        if weight:
+            break
+        prompt.append(text)
+    return _normal("".join(prompt)) or _normal("".join(text for text, _ in segments.segments))
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def split_indices(keys: Sequence[str], *, validation: float | int, seed: int) -> tuple[list[int], list[int]]:
+    """The rows to train on and the rows to hold out, in ascending order; rows with one key stay together.
+
+    Which keys are held out depends on the keys, their counts and the seed, not on the order of the rows.
+
+    Args:
+        keys: The prompt key of each row.
+        validation: How many rows to hold out: a fraction between 0 and 1, or a number of rows (a whole 50.0
+            is 50 rows). Where whole groups don't give that number, a near one.
+        seed: Which rows to hold out.
+
+    Raises:
+        SFTError: The size is neither, or one side would have no rows.
+    """
+    target = _target(len(keys), validation)
+    groups: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    if len(groups) < 2:
+        raise SFTError(
+            "all rows have the same prompt, so none can be held out without leaking",
+            where="validation",
+            fix="give validation data of its own, or more rows",
+        )
+    order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())
+    chosen: set[str] = set()
+    missing = target
+    for key in order:
+        if len(groups[key]) <= missing:
+            chosen.add(key)
+            missing -= len(groups[key])
+    left = [key for key in order if key not in chosen]
+    smallest = min(left, key=lambda key: len(groups[key]))
+    overshoot = len(groups[smallest]) - missing
+    if not chosen or (overshoot < missing and len(left) > 1):
+        chosen.add(smallest)
+    held_out = sorted(index for key in chosen for index in groups[key])
+    kept = set(held_out)
+    return [index for index in range(len(keys)) if index not in kept], held_out
+
+
+def _target(rows: int, validation: float | int) -> int:
+    if 0 < validation < 1:
+        target = round(validation * rows)
+    elif validation >= 1 and float(validation).is_integer():
+        target = int(validation)
+    else:
+        raise SFTError(
+            f"{validation!r} is neither a fraction between 0 and 1 nor a number of rows",
+            where="validation",
+            fix="write 0.1 for a tenth of the rows or 100 for a hundred rows",
+        )
+    if not 0 < target < rows:
+        side = "training" if target else "validation"
+        raise SFTError(
+            f"{validation!r} of {rows} rows leaves none for {side}",
+            where="validation",
+            fix="ask for another size, or give more rows",
+        )
+    return target
+
+
+def shared_prompts(train_keys: Sequence[str], val_keys: Sequence[str]) -> int:
+    """How many distinct prompts are on both sides: 0 where nothing leaks."""
+    return len(set(train_keys) & set(val_keys))

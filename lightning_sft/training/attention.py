@@ -1,0 +1,132 @@
+"""Attention within the segments of a flattened row, registered with transformers' `AttentionInterface`.
+
+Every segment is its own causal SDPA call, so there is no padding and no dense (ΣL)² mask. The function honours
+what models ask of it by keyword (sliding window, soft cap, attention sinks) and refuses what it doesn't know:
+a model that asks for something else must not be trained on flattened rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NAME = "lightning_sft_segments"
+
+_WITHOUT_MEANING = frozenset(
+    {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",
+     "return_dict", "logits_to_keep", "is_causal", "position_embeddings", "num_items_in_batch", "layer_idx"}
+)  # fmt: skip
+
+
+class UnsupportedAttention(Exception):
+    """The model asks its attention for something that segment attention doesn't do."""
+
+
+class CallCounter:
+    """Counts the calls of segment attention: a model that ignores the registered function makes none."""
+
+    calls = 0
+
+
+def register() -> None:
+    """Make `NAME` known to transformers; without a mask function, models pass no mask."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, segment_attention)
+
+
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    segments: tuple[int, ...] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Causal attention of each segment to itself.
+
+    Args:
+        module: The attention layer.
+        query: `[1, H, T, D]`.
+        key: `[1, H_kv, T, D]`; `H_kv` divides `H`.
+        value: `[1, H_kv, T, D_v]`.
+        attention_mask: Must be None: a mask says that this isn't a flattened row.
+        scaling: Factor of the scores; `D ** -0.5` if None.
+        dropout: Probability of dropping an attention weight.
+        segments: Offsets of the segments in the row, from 0 to T.
+        sliding_window: A position sees itself and the `sliding_window - 1` positions before it.
+        softcap: Scores become `softcap · tanh(score / softcap)` (Gemma 2).
+        s_aux: `[H]`: a learned score per head that takes part in the softmax only (gpt-oss).
+        **kwargs: Whatever else the model hands to its attention.
+
+    Returns:
+        The attended values, `[1, T, H, D_v]`, and None for the attention weights.
+
+    Raises:
+        UnsupportedAttention: The model asks for anything else.
+    """
+    CallCounter.calls += 1
+    unknown = [name for name, asked in kwargs.items() if name not in _WITHOUT_MEANING and asked is not None]
+    if attention_mask is not None:
+        unknown.append("attention_mask")
+    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
+        unknown.append("is_causal=False")
+    if segments is None:
+        unknown.append("no segments")
+    if unknown or segments is None:
+        raise UnsupportedAttention(f"{type(module).__name__}: {', '.join(unknown)}")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    plain = softcap is None and s_aux is None
+    outputs = []
+    for start, end in zip(segments[:-1], segments[1:], strict=True):
+        q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
+        window = sliding_window if sliding_window is not None and end - start > sliding_window else None
+        if plain:
+            mask = None if window is None else _visible(end - start, window, q.device)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+            )
+        else:
+            out = _explicit(q, k, v, window, scaling, dropout, softcap, s_aux)
+        outputs.append(out)
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Bool `[length, length]`: which position sees which."""
+    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return visible if window is None else visible.triu(1 - window)
+
+
+def _explicit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """What SDPA can't do, written out; the softmax is taken in at least float32, as in transformers."""
+    length = query.shape[2]
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~_visible(length, window, query.device), torch.finfo(scores.dtype).min)
+    if s_aux is not None:
+        sink = s_aux.reshape(1, -1, 1, 1).expand(query.shape[0], -1, length, 1).to(scores.dtype)
+        scores = torch.cat([scores, sink], dim=-1)
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    weights = F.softmax(scores, dim=-1, dtype=exact)[..., :length].to(value.dtype)
+    return F.dropout(weights, p=dropout) @ value

@@ -1,0 +1,183 @@
+"""How a model takes its batches: flattened or padded rows, which head; decided by trying this very model.
+
+Flattened rows are used only where the model computes on them what it computes on each row alone, and where
+a change in one segment moves nothing in another. Models that ignore the registered attention (Falcon, Bloom),
+that mix positions some other way (Mamba), or that ask for what segment attention doesn't know, get padded
+rows. A head that the configuration doesn't describe fully is replaced by the model's own logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sft.data.batch import Batch, Collate, flatten, pad
+from lightning_sft.training import attention
+from lightning_sft.training.head import Head, head_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the trial of a model found.
+
+    Args:
+        collate: Makes batches as this model takes them.
+        head: From what `hidden_states` returns to logits.
+        own_logits: `hidden_states` returns the model's own logits, because its head isn't plain.
+        padded_because: Why rows are padded; None where they are flattened.
+    """
+
+    collate: Collate
+    head: Head
+    own_logits: bool
+    padded_because: str | None
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a peft wrapper, or the model itself."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner  # type: ignore[return-value]
+
+
+def hidden_states(model: nn.Module, batch: Batch, *, own_logits: bool) -> Tensor:
+    """The last hidden states `[n, H]` (or the logits `[n, V]`) at the batch's `n` positions."""
+    inner = causal_lm(model)
+    inputs: dict[str, object] = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.segments is not None:
+        inputs.update(position_ids=batch.position_ids, segments=batch.segments)
+    else:
+        inputs.update(attention_mask=batch.attention_mask)
+    if own_logits:
+        out: Tensor = inner(**inputs).logits
+    else:
+        out = inner.base_model(**inputs)[0]
+    return out.flatten(0, 1).index_select(0, batch.positions)
+
+
+def find_layout(model: nn.Module, pad_id: int) -> Layout:
+    """Try the model on a few random rows (well under a second for a small one) and choose its layout.
+
+    Leaves the model on segment attention where flattened rows are exact, else as it was.
+    """
+    inner = causal_lm(model)
+    lengths = _trial_lengths(inner)
+    with _evaluating(model), torch.no_grad():
+        rows = _trial_rows(inner, lengths)
+        separate = [inner.base_model(input_ids=row, use_cache=False)[0] for row in rows]
+        head, own_logits = _choose_head(inner, rows[0], separate[0])
+        because = _flattened_fails(inner, rows, separate)
+    collate: Collate = partial(pad, pad_id=pad_id) if because else flatten
+    return Layout(collate=collate, head=head, own_logits=own_logits, padded_because=because)
+
+
+@contextmanager
+def stock_attention(model: nn.Module) -> Iterator[None]:
+    """The model with transformers' own attention, as generation and padded rows need it."""
+    inner = causal_lm(model)
+    if inner.config._attn_implementation != attention.NAME:
+        yield
+        return
+    inner.set_attn_implementation("sdpa" if inner._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(attention.NAME)
+
+
+def _choose_head(inner: PreTrainedModel, row: Tensor, hidden: Tensor) -> tuple[Head, bool]:
+    if isinstance(inner.get_output_embeddings(), nn.Module):
+        head = head_of(inner)
+        ours, own = head(hidden[0]), inner(input_ids=row, use_cache=False).logits[0]
+        if ours.shape == own.shape and _apart(ours, own) <= _tolerance(own):
+            return head, False
+    return Head(linear=nn.Identity()), True
+
+
+def _flattened_fails(inner: PreTrainedModel, rows: list[Tensor], separate: list[Tensor]) -> str | None:
+    """Why flattened rows aren't exact for this model; None (and segment attention set) if they are."""
+    stock = inner.config._attn_implementation
+    attention.register()
+    try:
+        inner.set_attn_implementation(attention.NAME)
+        reason = _flattened_differs(inner, rows, separate)
+    except (attention.UnsupportedAttention, ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    if reason is not None and inner.config._attn_implementation != stock:
+        inner.set_attn_implementation(stock)
+    return reason
+
+
+def _flattened_differs(inner: PreTrainedModel, rows: list[Tensor], separate: list[Tensor]) -> str | None:
+    if inner.config._attn_implementation != attention.NAME:
+        return f"{inner.config.model_type} models don't take a registered attention function"
+    calls = attention.CallCounter.calls
+    packed = _packed(inner, rows)
+    if attention.CallCounter.calls == calls:
+        return f"{inner.config.model_type} models don't call the registered attention function"
+    expected = torch.cat(separate, dim=1)
+    if (apart := _apart(packed, expected)) > _tolerance(expected):
+        return f"flattened and separate rows differ by {apart:.1e}, relative"
+    first = rows[0].shape[1]
+    other = _packed(inner, [_trial_rows(inner, [first], seed=1)[0], *rows[1:]])
+    if (moved := _apart(other[:, first:], packed[:, first:])) > _tolerance(expected) / 10:
+        return f"a change in one segment moves another by {moved:.1e}, relative"
+    return None
+
+
+def _packed(inner: PreTrainedModel, rows: list[Tensor]) -> Tensor:
+    lengths = [row.shape[1] for row in rows]
+    segments = (0, *torch.tensor(lengths).cumsum(0).tolist())
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(rows[0].device)
+    out: Tensor = inner.base_model(
+        input_ids=torch.cat(rows, dim=1), position_ids=positions, segments=segments, use_cache=False
+    )[0]
+    return out
+
+
+def _trial_lengths(inner: PreTrainedModel) -> list[int]:
+    """Three lengths, the second longer than three sliding windows where these are short."""
+    config = inner.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    longest = 3 * window + 5 if 0 < window <= 128 else 37
+    context = (
+        getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or longest
+    )
+    return [max(2, min(length, context)) for length in (11, longest, 23)]
+
+
+def _trial_rows(inner: PreTrainedModel, lengths: list[int], seed: int = 0) -> list[Tensor]:
+    device = inner.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = inner.config.get_text_config().vocab_size
+    return [torch.randint(vocabulary, (1, length), generator=generator).to(device) for length in lengths]
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    a, b = a.double(), b.double()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+
+
+def _tolerance(like: Tensor) -> float:
+    """A few hundred roundings: 2e-5 in float32, 0.06 in bfloat16."""
+    return min(0.06, 200 * torch.finfo(like.dtype).eps)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,149 @@
+"""Loading tokenizers and models: from a local folder or the Hub, with errors that say what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_sft.errors import SFTError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, key: str = "model.base"
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or a Hub id; a missing pad token becomes its EOS.
+
+    Masks go by position, never by token id, so a pad token that equals EOS changes nothing.
+
+    Raises:
+        SFTError: There is none, or the Hub can't be reached or refuses.
+    """
+    from transformers import AutoTokenizer
+
+    _check_name(name, key)
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        raise SFTError(
+            "the folder has no tokenizer (no tokenizer.json)",
+            where=f"{key}: {name}",
+            fix="copy the tokenizer's files there, or give a tokenizer with model.tokenizer",
+        )
+    with _loading("tokenizer", name, key):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.eos_token is None:
+        raise SFTError(
+            "the tokenizer has no EOS token, so no text could end",
+            where=f"{key}: {name}",
+            fix="set eos_token in its tokenizer_config.json",
+        )
+    return tokenizer
+
+
+def load_config(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, key: str = "model.base"
+) -> PretrainedConfig:
+    """The model's configuration; raises as `load_tokenizer` does."""
+    from transformers import AutoConfig
+
+    _check_name(name, key)
+    with _loading("model configuration", name, key):
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype | None,
+    revision: str | None = None,
+    quantization: object | None = None,
+    trust_remote_code: bool = False,
+    key: str = "model.base",
+) -> PreTrainedModel:
+    """A causal LM in training mode, with its weights as `dtype` (None: as they are stored).
+
+    Raises:
+        SFTError: It isn't there, isn't a causal LM, or the Hub can't be reached or refuses.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    _check_name(name, key)
+    logging.disable_progress_bar()
+    with _loading("model", name, key):
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype if dtype is not None else "auto",
+            revision=revision,
+            quantization_config=quantization,
+            trust_remote_code=trust_remote_code,
+        )
+    return model.train()
+
+
+def context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """How many tokens the model can take at once; None where neither configuration nor tokenizer says."""
+    text = config.get_text_config()
+    known = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "seq_length")]
+    lengths = [length for length in known if isinstance(length, int) and length > 0]
+    if tokenizer.model_max_length < 10**9:  # transformers' "unknown" is 1e30
+        lengths.append(int(tokenizer.model_max_length))
+    return min(lengths, default=None)
+
+
+def absolute(name: str) -> str:
+    """`name` as an absolute path if it is a local folder, so that exports can be loaded from anywhere."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def _check_name(name: str, key: str) -> None:
+    if Path(name).is_dir():
+        return
+    if Path(name).exists():
+        raise SFTError("this is a file, not a model folder", where=f"{key}: {name}", fix="give the folder")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise SFTError("no such folder", where=f"{key}: {name}", fix="give a local model folder or a Hub id")
+
+
+@contextmanager
+def _loading(what: str, name: str, key: str) -> Iterator[None]:
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    where = f"{key}: {name}"
+    local = Path(name).is_dir()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, HfHubHTTPError) as error:
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+            chain.append(cause)
+        first_line = next(
+            (line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__
+        )
+        if local:
+            raise SFTError(f"the {what} can't be loaded: {first_line}", where=where) from error
+        if any(isinstance(link, GatedRepoError) for link in chain):
+            problem, fix = (
+                "the repository is gated",
+                "ask for access on its page, then set HF_TOKEN to your token",
+            )
+        elif any(isinstance(link, RepositoryNotFoundError) for link in chain):
+            problem = "no such repository on the Hub, or it is private"
+            fix = "check the id; for a private one set HF_TOKEN to your token"
+        else:
+            problem = f"neither a local folder nor reachable on the Hub ({first_line})"
+            fix = (
+                "give the path of a local model folder; or check the network, HF_HUB_OFFLINE and, for gated or "
+                "private repositories, HF_TOKEN"
+            )
+        raise SFTError(f"the {what} can't be loaded: {problem}", where=where, fix=fix) from error

@@ -1,0 +1,301 @@
+"""The LightningModule: a causal LM, its adapter, and the exact masked loss."""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_sft import plugins
+from lightning_sft.bases import Adapter, Loss
+from lightning_sft.errors import SFTError
+from lightning_sft.rendering import Renderer
+from lightning_sft.training import schedule as schedules
+from lightning_sft.training.head import NLL, weighted_loss
+from lightning_sft.training.layout import Layout, causal_lm, find_layout, hidden_states, stock_attention
+from lightning_sft.training.metrics import TokenLoss, TokenPerplexity
+from lightning_sft.training.models import absolute, context_length, load_config, load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from lightning_sft.data.batch import Batch
+
+_PRECISION_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+class SFTModule(LightningModule):
+    """Fine-tunes a causal language model on the trained tokens of its batches.
+
+    The loss of an optimizer step is Σ weight · loss over all its tokens, on every rank and in every
+    micro-batch of its accumulation window, divided by Σ weight, which the batch plan knows beforehand.
+
+    Args:
+        base: The pre-trained model: a local Hugging Face folder or a Hub id.
+        adapter: Which parameters are trained; every one by default (`Full`).
+        loss: The loss per token; `CrossEntropy` by default.
+        revision: Branch, tag or commit of the base on the Hub.
+        tokenizer: Folder or Hub id of another tokenizer than the base's own.
+        chat_template: A Jinja file, or one of the shipped templates (plain, alpaca, chatml); by default the
+            tokenizer's own, or `plain` if it has none.
+        dtype: Type of the loaded weights; by default what `trainer.precision` implies: bfloat16 for
+            `bf16-true`, float16 for `16-true`, else float32.
+        trust_remote_code: Run model code that comes with the base. Only for sources you trust.
+        learning_rate: Peak learning rate; by default the adapter's (LoRA 2e-4, Full 1e-5).
+        weight_decay: AdamW's decay of weight matrices; norms and biases are not decayed.
+        betas: AdamW's coefficients of the running averages.
+        schedule: Course of the learning rate after warmup.
+        warmup: Warmup as a fraction of all steps (0.03) or a number of steps (100).
+        final_learning_rate: Where `cosine` and `linear` end, as a fraction of the peak.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        adapter: Adapter | None = None,
+        loss: Loss | None = None,
+        revision: str | None = None,
+        tokenizer: str | None = None,
+        chat_template: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
+        trust_remote_code: bool = False,
+        learning_rate: float | None = None,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        schedule: schedules.Schedule = "cosine",
+        warmup: float | int = 0.03,
+        final_learning_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.adapter: Adapter = plugins.default("adapters")() if adapter is None else adapter
+        self.loss: Loss = plugins.default("losses")() if loss is None else loss
+        self.revision = revision
+        self.tokenizer_name = tokenizer
+        self.chat_template = chat_template
+        self.load_dtype = dtype
+        self.trust_remote_code = trust_remote_code
+        self.learning_rate = self.adapter.default_learning_rate if learning_rate is None else learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.schedule: schedules.Schedule = schedule
+        self.warmup = warmup
+        self.final_learning_rate = final_learning_rate
+        self.model: PreTrainedModel | None = None
+        self.strict_loading = False  # checkpoints hold only what is trained
+        self.metrics = nn.ModuleDict(
+            {
+                stage: nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
+                for stage in ("val", "test")
+            }
+        )
+        self._step_loss: Tensor | None = None
+        self._tokens, self._clock = 0, time.monotonic()
+
+    # -------------------------------------------------------------------------------- the model's parts
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer: the override, or the base's own."""
+        if self.tokenizer_name is not None:
+            return load_tokenizer(
+                self.tokenizer_name, trust_remote_code=self.trust_remote_code, key="model.tokenizer"
+            )
+        return load_tokenizer(
+            self.base, revision=self.revision, trust_remote_code=self.trust_remote_code, key="model.base"
+        )
+
+    @cached_property
+    def base_config(self) -> PretrainedConfig:
+        """The base's configuration."""
+        return load_config(self.base, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens the base can take at once."""
+        return context_length(self.base_config, self.tokenizer)
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """Renders conversations with this model's tokenizer and chat template."""
+        return Renderer(self.tokenizer, self.chat_template)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How this model takes its batches; found by trying it when first asked."""
+        layout = find_layout(self._loaded, int(self.tokenizer.pad_token_id))
+        if layout.padded_because:
+            rank_zero_info(f"Rows are padded, not flattened: {layout.padded_because}.")
+        return layout
+
+    @property
+    def _loaded(self) -> PreTrainedModel:
+        if self.model is None:
+            raise RuntimeError("the model is not loaded yet; Lightning does it in configure_model()")
+        return self.model
+
+    def configure_model(self) -> None:
+        """Load the base and put the adapter in.
+
+        Raises:
+            SFTError: The base can't be loaded, or nothing of it would be trained.
+        """
+        if self.model is not None:
+            return
+        vocabulary = self.base_config.get_text_config().vocab_size
+        if len(self.tokenizer) > vocabulary:
+            raise SFTError(
+                f"the tokenizer has {len(self.tokenizer)} tokens, the model's vocabulary only {vocabulary}",
+                where="model.tokenizer" if self.tokenizer_name else f"model.base: {self.base}",
+                fix="use the tokenizer that the model was trained with",
+            )
+        model = load_model(
+            self.base,
+            dtype=self._weights_dtype(),
+            revision=self.revision,
+            quantization=self.adapter.quantization(),
+            trust_remote_code=self.trust_remote_code,
+        )
+        model.name_or_path = absolute(self.base)
+        self.model = self.adapter.prepare(model)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise SFTError(
+                f"{plugins.describe(self.adapter)} leaves no parameter to train",
+                where="model.adapter",
+                fix="change its options",
+            )
+
+    def _weights_dtype(self) -> torch.dtype:
+        if self.load_dtype is not None:
+            chosen: torch.dtype = getattr(torch, self.load_dtype)
+            return chosen
+        precision = str(self.trainer.precision) if self._trainer is not None else "32-true"
+        return _PRECISION_DTYPES.get(precision, torch.float32)
+
+    def export(self, folder: Path) -> None:
+        """Write the adapter or model with tokenizer, chat template and generation config to `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        generation = causal_lm(self._loaded).generation_config
+        generation.eos_token_id = list(self.renderer.stop_token_ids)
+        generation.pad_token_id = self.tokenizer.pad_token_id
+        self.tokenizer.chat_template = self.renderer.chat_template
+        with stock_attention(self._loaded):
+            self.adapter.export(self._loaded, folder)
+        generation.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    # ------------------------------------------------------------------------------------------- steps
+
+    def weighted_loss(self, batch: Batch, loss: Loss) -> Tensor:
+        """Σ weight · loss over the batch's targets: a scalar, in at least float32."""
+        hidden = hidden_states(self._loaded, batch, own_logits=self.layout.own_logits)
+        return weighted_loss(hidden, batch.targets, batch.weights, self.layout.head, loss)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The micro-batch's share of the step's loss, scaled so that gradients add up to d(Σ w·loss / N).
+
+        Lightning divides by the accumulation and DDP takes the mean over ranks: both are undone here.
+        """
+        accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        share = self.weighted_loss(batch, self.loss) / batch.num_items
+        self._step_loss = share.detach() if self._step_loss is None else self._step_loss + share.detach()
+        self._tokens += batch.num_tokens * world
+        if (batch_idx + 1) % accumulate == 0 or batch_idx + 1 == self.trainer.num_training_batches:
+            self._log_step(self._step_loss)
+            self._step_loss = None
+        return share * (accumulate * world)
+
+    def _log_step(self, loss: Tensor) -> None:
+        """Log an optimizer step: its loss over all ranks, the learning rate, and tokens per second."""
+        world, now = self.trainer.world_size, time.monotonic()
+        rate, self._tokens, self._clock = self._tokens / max(now - self._clock, 1e-9), 0, now
+        self.log("train/loss", loss, prog_bar=True, sync_dist=world > 1, reduce_fx="sum", batch_size=1)
+        self.log("train/tokens_per_second", rate, prog_bar=True, batch_size=1)
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
+
+    def on_train_epoch_start(self) -> None:
+        """Leave what happened between epochs out of the tokens per second."""
+        self._tokens, self._clock = 0, time.monotonic()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add the batch to `val/loss` (the negative log-likelihood per token) and `val/perplexity`."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add the batch to `test/loss` and `test/perplexity`."""
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        total, weight = self.weighted_loss(batch, NLL), batch.weights.sum()
+        for name, metric in self.metrics[stage].items():  # type: ignore[operator, union-attr]
+            metric.update(total, weight)
+            self.log(f"{stage}/{name}", metric, prog_bar=name == "loss", on_epoch=True, batch_size=1)
+
+    # --------------------------------------------------------------------------------------- optimizer
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over what is trained, with the schedule stepped after every optimizer step."""
+        total_steps = self._total_steps()
+        warmup = schedules.warmup_steps(self.warmup, total_steps)
+        if total_steps <= 0 and self.schedule != "constant":
+            raise SFTError(
+                f"the {self.schedule} schedule needs to know how many steps the run has",
+                where="trainer",
+                fix="set trainer.max_epochs or trainer.max_steps, or model.schedule: constant",
+            )
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=self.learning_rate,
+            betas=self.betas,
+            fused=all(p.device.type == "cuda" for p in trained) or None,
+        )
+        shape = partial(
+            schedules.factor,
+            schedule=self.schedule,
+            total_steps=total_steps,
+            warmup=warmup,
+            final=self.final_learning_rate,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        from lightning_sft.data.datamodule import SFTDataModule
+
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, SFTDataModule):
+            return data.total_steps()
+        return int(self.trainer.estimated_stepping_batches)
+
+    # -------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what is trained: the frozen base is where it came from."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that holds other parameters than this run trains.
+
+        Raises:
+            SFTError: With the first few names that are missing or too many.
+        """
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if different := sorted(trained.symmetric_difference(checkpoint["state_dict"])):
+            raise SFTError(
+                f"the checkpoint holds other parameters than this run trains ({len(different)} differ, the first: "
+                f"{', '.join(different[:3])})",
+                where="--ckpt_path",
+                fix="use the model and adapter options of the run that wrote it (its config.yaml)",
+            )

@@ -1,0 +1,172 @@
+"""Messages: OpenAI's chat format, and lists of typed parts with loss weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from lightning_sft import Conversation, DataFormat, Message, Row, SFTError, ToolCall
+from lightning_sft_formats.fields import (
+    check_trained,
+    is_blank,
+    kind,
+    read_calls,
+    read_column,
+    read_list,
+    read_object,
+    read_role,
+    read_text,
+    read_tools,
+    read_weight,
+)
+
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
+"""The roles in messages and the canonical role of each."""
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+PARTS = {
+    "reasoning": "reasoning",
+    "thinking": "reasoning",
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "tool_call": "tool_call",
+}
+"""The types of content parts that are known and what each is; in a message they come in this order."""
+
+ORDER = ("reasoning", "text", "tool_call")
+
+
+class Messages(DataFormat):
+    """Rows with a list of messages `{"role": "user", "content": "…"}`, as OpenAI's fine-tuning files have it.
+
+    The content is text or a list of parts (text, reasoning, tool calls). A message may have a loss weight
+    (`weight`, `loss_weight`, `train` or `training`), `tool_calls`, and `reasoning_content`.
+
+    Args:
+        messages: The column that holds the list of messages.
+        tools: The column that holds the tools, as a list or as the JSON text of one; may be absent or empty.
+    """
+
+    def __init__(self, messages: str = "messages", tools: str = "tools") -> None:
+        self.messages = messages
+        self.tools = tools
+
+    def matches(self, columns: frozenset[str]) -> bool:
+        """Whether the column with the messages is there."""
+        return self.messages in columns
+
+    def convert(self, row: Row) -> Iterable[Conversation]:
+        """One conversation with the messages in their order."""
+        where = f"key {self.messages!r}"
+        messages = read_messages(read_column(row, self.messages, "messages"), where)
+        check_trained(messages, where)
+        return [Conversation(messages, read_row_tools(row, self.tools))]
+
+
+def read_row_tools(row: Row, key: str) -> tuple[Mapping[str, object], ...]:
+    """The row's tools: from the column `key`, or from OpenAI's older `functions`."""
+    if is_blank(row.get(key)):
+        key = "functions"
+    return read_tools(row.get(key), f"key {key!r}")
+
+
+def read_messages(value: object, where: str) -> tuple[Message, ...]:
+    """The messages in `value`: a list of objects with `role` and `content`, or the JSON text of one.
+
+    Raises:
+        SFTError: One of them is malformed, holds something that isn't text, or loses its order.
+    """
+    return tuple(_read_message(m, f"{where}, message {n}") for n, m in enumerate(read_list(value, where), 1))
+
+
+def _read_message(value: object, where: str) -> Message:
+    fields = read_object(value, where)
+    role = read_role(fields.get("role"), ROLES, f"{where}, key 'role'")
+    content, reasoning, calls = _read_content(fields.get("content"), f"{where}, key 'content'")
+    reasoning_field = _optional_text(fields, REASONING_KEYS, where)
+    if reasoning and reasoning_field:
+        raise SFTError("the reasoning is given as a part and as a key", where=where, fix="keep one of them")
+    reasoning = reasoning or reasoning_field
+    for key in ("tool_calls", "function_call"):
+        if not is_blank(fields.get(key)) and fields[key] != []:
+            calls += read_calls(fields[key], f"{where}, key {key!r}")
+    if role == "assistant":
+        content = content or ""
+    elif reasoning or calls:
+        raise SFTError(f"a {role} message has reasoning or tool calls: only the assistant can", where=where)
+    if content is None:
+        raise SFTError(
+            "the message has no content", where=where, fix='give it a "content", "" if it is empty'
+        )
+    return Message(
+        role=role,
+        content=content,
+        reasoning=reasoning,
+        tool_calls=calls,
+        tool_call_id=_optional_text(fields, ("tool_call_id",), where),
+        name=_optional_text(fields, ("name",), where),
+        weight=read_weight(fields, where),
+    )
+
+
+def _read_content(value: object, where: str) -> tuple[str | None, str | None, tuple[ToolCall, ...]]:
+    """Text (None if there is no content at all), reasoning and tool calls."""
+    if value is None:
+        return None, None, ()
+    if isinstance(value, str):
+        return value, None, ()
+    if not isinstance(value, list):
+        raise SFTError(f"expected text or a list of parts, got {kind(value)}", where=where)
+    texts = {"reasoning": "", "text": ""}
+    calls: tuple[ToolCall, ...] = ()
+    reached = 0
+    for number, part in enumerate(value, 1):
+        place = f"{where}, part {number}"
+        fields = read_object(part, place)
+        what = _part_type(fields, place)
+        if ORDER.index(what) < reached:
+            raise SFTError(
+                f"the {what} part comes after another type's, an order that chat templates can't keep",
+                where=place,
+                fix=f"order the parts as {', '.join(ORDER)}, or split the message",
+            )
+        reached = ORDER.index(what)
+        if what == "tool_call":
+            calls += read_calls(fields.get("value", fields.get("tool_call")), place)
+        else:
+            texts[what] += _part_text(fields, place)
+    return texts["text"], texts["reasoning"] or None, calls
+
+
+def _part_type(part: Mapping[str, object], where: str) -> str:
+    name = part.get("type")
+    if not isinstance(name, str) or name not in PARTS:
+        raise SFTError(
+            f"the part is of type {name!r}, which is not text",
+            where=where,
+            fix=f"the types are {', '.join(PARTS)}; rows with images or sound can't be trained on",
+        )
+    return PARTS[name]
+
+
+def _part_text(part: Mapping[str, object], where: str) -> str:
+    for key in ("value", "text", str(part["type"])):
+        if part.get(key) is not None:
+            return read_text(part[key], f"{where}, key {key!r}")
+    raise SFTError("the part has no text", where=where, fix='write it as {"type": "text", "text": "…"}')
+
+
+def _optional_text(fields: Mapping[str, object], keys: tuple[str, ...], where: str) -> str | None:
+    """The first of these keys that has a text in it."""
+    for key in keys:
+        if not is_blank(fields.get(key)):
+            return read_text(fields[key], f"{where}, key {key!r}")
+    return None

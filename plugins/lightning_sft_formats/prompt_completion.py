@@ -1,0 +1,65 @@
+"""Prompt and completion: as text without a chat template, or as messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from lightning_sft import Conversation, DataFormat, Message, Row, Segments, SFTError
+from lightning_sft_formats.fields import check_trained, kind, read_column, read_filled, read_text
+from lightning_sft_formats.messages import read_messages, read_row_tools
+
+
+class PromptCompletion(DataFormat):
+    """Rows with a prompt, which is not trained, and a completion, which is.
+
+    Two texts are joined as they stand, without a chat template and without a space between them. Two lists
+    of messages are one conversation, in which the prompt's assistant turns
+    are not trained unless they have a loss weight of their own.
+
+    Args:
+        prompt: The column that holds the prompt.
+        completion: The column that holds the completion.
+        chat: Make a user turn of a prompt that is text and an assistant turn of its completion.
+        tools: The column that holds the tools when the prompt is a list of messages; may be absent or empty.
+    """
+
+    def __init__(
+        self, prompt: str = "prompt", completion: str = "completion", chat: bool = False, tools: str = "tools"
+    ) -> None:
+        self.prompt = prompt
+        self.completion = completion
+        self.chat = chat
+        self.tools = tools
+
+    def matches(self, columns: frozenset[str]) -> bool:
+        """Whether the prompt's and the completion's column are there."""
+        return {self.prompt, self.completion} <= columns
+
+    def convert(self, row: Row) -> Iterable[Conversation | Segments]:
+        """Two segments of weight 0 and 1, or one conversation."""
+        prompt = read_column(row, self.prompt, "prompt")
+        completion = read_column(row, self.completion, "completion")
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return [self._conversation(row, prompt, completion)]
+        if isinstance(prompt, list) or isinstance(completion, list):
+            raise SFTError(
+                f"the prompt is {kind(prompt)}, but the completion is {kind(completion)}",
+                where=f"keys {self.prompt!r} and {self.completion!r}",
+                fix="make both of them text or both of them lists of messages",
+            )
+        text = read_text(prompt, f"key {self.prompt!r}")
+        answer = read_filled(completion, f"key {self.completion!r}", "completion")
+        if self.chat:
+            return [Conversation((Message("user", text), Message("assistant", answer)))]
+        return [Segments(((text, 0.0), (answer, 1.0)))]
+
+    def _conversation(self, row: Row, prompt: list[object], completion: list[object]) -> Conversation:
+        where = f"key {self.completion!r}"
+        context = read_messages(prompt, f"key {self.prompt!r}")
+        trained = read_messages(completion, where)
+        check_trained(trained, where)
+        untrained = (
+            replace(m, weight=0.0) if m.role == "assistant" and m.weight is None else m for m in context
+        )
+        return Conversation((*untrained, *trained), read_row_tools(row, self.tools))

@@ -1,0 +1,31 @@
+"""Raw text: every token is trained, without a chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lightning_sft import DataFormat, Row, Segments
+from lightning_sft_formats.fields import read_column, read_filled
+
+CHAT_COLUMNS = frozenset({"messages", "conversations", "instruction", "prompt"})
+"""Columns that make a `text` beside them a rendering of a chat, as in the original Alpaca files."""
+
+
+class RawText(DataFormat):
+    """Rows with a text that is trained on as it stands.
+
+    Args:
+        text: The column that holds the text.
+    """
+
+    def __init__(self, text: str = "text") -> None:
+        self.text = text
+
+    def matches(self, columns: frozenset[str]) -> bool:
+        """Whether the text's column is there, and no column of a chat is."""
+        return self.text in columns and not columns & CHAT_COLUMNS
+
+    def convert(self, row: Row) -> Iterable[Segments]:
+        """One segment of weight 1: the text, unchanged."""
+        text = read_filled(read_column(row, self.text, "text"), f"key {self.text!r}", "text")
+        return [Segments(((text, 1.0),))]
