@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_sft import plugins, run_folder
+from lightning_sft import command_line, plugins, run_folder
 from lightning_sft.data.datamodule import SFTDataModule
+from lightning_sft.errors import SFTError
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.progress import Progress
 
 
-class Parser(LightningArgumentParser):
-    """LightningCLI's parser, with a did-you-mean."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Add the nearest known name to the message, then exit with 2."""
-        super().error(_with_suggestion(message, self), ex)
-        raise SystemExit(2)
+class Parser(command_line.ClearErrors, LightningArgumentParser):
+    """LightningCLI's parser, with errors for people."""
 
 
 class SFTCommand(LightningCLI):
@@ -51,7 +45,9 @@ class SFTCommand(LightningCLI):
             parser.set_defaults({key: {"class_path": f"{default.__module__}.{default.__qualname__}"}})
 
     def before_instantiate_classes(self) -> None:
-        """Claim the run folder, and set the run's end where the configuration sets none."""
+        """Find the checkpoint, claim the run folder, and set the run's end where the configuration sets none."""
+        chosen = self.config[self.subcommand]
+        chosen.ckpt_path = _checkpoint(chosen.ckpt_path, chosen.trainer.default_root_dir)
         if self.subcommand != "fit":
             return
         config = self.config.fit
@@ -114,7 +110,7 @@ def run(argv: Sequence[str]) -> None:
         SFTError: Something that the user gave is at fault.
         SystemExit: With 2 if the arguments or a config file can't be parsed.
     """
-    _quieten()
+    command_line.quieten()
     plugins.load_named(plugins.named_in(argv))
     command = SFTCommand.__new__(SFTCommand)
     try:
@@ -124,20 +120,33 @@ def run(argv: Sequence[str]) -> None:
             args=list(argv),
             save_config_callback=None,
             seed_everything_default=0,
-            trainer_defaults={"log_every_n_steps": 10},
+            trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
             parser_class=Parser,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-    except BaseException:
+    except BaseException as error:
         if command.folder is not None:
             run_folder.release(command.folder)
+        if isinstance(error, MisconfigurationException):
+            raise SFTError(str(error), where="trainer") from error
         raise
 
 
-def _with_suggestion(message: str, parser: LightningArgumentParser) -> str:
-    known = [plugin.name for plugin in plugins.discover()]
-    return message
+def _checkpoint(given: Any, folder: str | None) -> str | None:
+    """The checkpoint file that `--ckpt_path` means; `last` is that of the run in `folder`."""
+    if given is None:
+        return None
+    path = Path(str(given))
+    if str(given) == "last":
+        if folder is None:
+            raise SFTError(
+                "which run's last checkpoint?", where="--ckpt_path last", fix="add --trainer.default_root_dir RUN"
+            )
+        path = Path(folder) / run_folder.CHECKPOINTS / "last.ckpt"
+    if not path.is_file():
+        raise SFTError("no such checkpoint", where=f"--ckpt_path {path}", fix="runs keep theirs in checkpoints/")
+    return str(path)
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -146,10 +155,3 @@ def _as_list(value: Any) -> list[Any]:
 
 def _has(callbacks: Sequence[object], kind: type) -> bool:
     return any(isinstance(callback, kind) for callback in callbacks)
-
-
-def _quieten() -> None:
-    """Leave out what says nothing about the run."""
-    warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")

@@ -15,11 +15,12 @@ which one of these proofs fails is refused with the row's place; nothing is gues
 
 from __future__ import annotations
 
-import math
+import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,14 +43,13 @@ class _Span:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """A text with its weighted spans, before it is encoded."""
+    """A text with its weighted spans, before it is encoded; `suffix` tokens lie one character behind it."""
 
     text: str
     spans: tuple[_Span, ...]
     meta: Meta
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
-    suffix_weight: float = 0.0
 
 
 class Renderer:
@@ -67,14 +67,15 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> None:
         if not tokenizer.is_fast:
             raise SFTError(
-                f"{type(tokenizer).__name__} is a slow tokenizer: it can't say which characters a token covers",
+                f"{type(tokenizer).__name__} is a slow tokenizer: it can't say where a token lies in the text",
                 where="model.tokenizer",
                 fix="save it as a fast one (a folder with tokenizer.json) and give that folder",
             )
         self.tokenizer = tokenizer
         self.chat_template = chat_templates.resolve(chat_template, tokenizer)
-        self._added = np.array(sorted(tokenizer.added_tokens_decoder), dtype=np.int64)
-        self._uses_tools: bool | None = None
+        added = list(tokenizer.added_tokens_decoder)
+        self._added = np.zeros(max(len(tokenizer), *added, 0) + 1, dtype=bool)
+        self._added[added] = True
 
     def render(self, conversation: Conversation | Segments) -> Example:
         """The example of one conversation.
@@ -94,7 +95,7 @@ class Renderer:
                 raise error.at(str(conversation.meta)) from None
         if not layouts:
             return []
-        encoded = self.tokenizer(
+        encoded = self._encoder(
             [layout.text for layout in layouts],
             add_special_tokens=False,
             return_offsets_mapping=True,
@@ -118,23 +119,17 @@ class Renderer:
             SFTError: The template ends a turn with no token at all, so the model could never learn to stop.
         """
         nonce = "qxzstopprobezxq"
-        text = self._render(
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": nonce}],
-            (),
-            generation_prompt=False,
-        )
-        after = text.partition(nonce)[2]
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": nonce}]
+        after = self._render(probe, (), generation_prompt=False).partition(nonce)[2]
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
-        if self.tokenizer.eos_token:
-            added.add(self.tokenizer.eos_token)
-        found = [(after.index(token), -len(token), token) for token in added if token and token in after]
+        found = [(after.index(name), -len(name), name) for name in added if name.strip() and name in after]
         if not found:
             raise SFTError(
                 f"the chat template ends an assistant turn with {after!r}, in which there is no token that "
                 "generation could stop on",
                 where="model.chat_template",
-                fix="use a template that writes an end-of-turn token which the tokenizer has, such as its EOS "
-                f"({self.tokenizer.eos_token})",
+                fix="use a template that writes an end-of-turn token which the tokenizer has, such as its EOS, "
+                f"{self.tokenizer.eos_token}",
             )
         return min(found)[2]
 
@@ -148,48 +143,57 @@ class Renderer:
 
     def _layout(self, conversation: Conversation | Segments) -> _Layout:
         if isinstance(conversation, Segments):
-            return self._segments_layout(conversation)
-        return self._conversation_layout(conversation)
+            layout = self._segments_layout(conversation)
+        else:
+            layout = self._conversation_layout(conversation)
+        try:
+            layout.text.encode()
+        except UnicodeEncodeError as error:
+            raise SFTError(
+                f"the text holds half a character (the lone surrogate {layout.text[error.start]!r})",
+                fix="repair the row: its text was probably cut inside an emoji",
+            ) from None
+        return layout
 
     def _segments_layout(self, segments: Segments) -> _Layout:
-        spans, position = [], 0
-        for text, weight in segments.segments:
-            spans.append(_Span(position, position + len(text), _checked(weight)))
-            position += len(text)
-        text = "".join(piece for piece, _ in segments.segments)
+        text, weight, spans = "", 0.0, []
+        for number, (piece, given) in enumerate(segments.segments, 1):
+            weight = _checked(given, f"segment {number}")
+            spans.append(_Span(len(text), len(text) + len(piece), weight))
+            text += piece
+        spans.append(_Span(len(text), len(text) + 1, weight))  # the EOS token, as trained as the last segment
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
-        empty = self.tokenizer("", add_special_tokens=True)["input_ids"]
-        adds_bos = self.tokenizer.bos_token_id in empty and not text.startswith(bos)
-        ends_itself = eos is None or text.endswith(eos)
+        adds_bos = self._adds_bos and not text.startswith(bos)
+        adds_eos = eos is not None and not text.endswith(eos)
         return _Layout(
             text=text,
             spans=tuple(spans),
             meta=segments.meta,
             prefix=(self.tokenizer.bos_token_id,) if adds_bos else (),
-            suffix=() if ends_itself else (self.tokenizer.eos_token_id,),
-            suffix_weight=spans[-1].weight if spans else 0.0,
+            suffix=(self.tokenizer.eos_token_id,) if adds_eos else (),
         )
 
     def _conversation_layout(self, conversation: Conversation) -> _Layout:
+        places = [f"message {n} ({message.role})" for n, message in enumerate(conversation.messages, 1)]
+        weights = [_weight(m, place) for m, place in zip(conversation.messages, places, strict=True)]
         messages = [_as_dict(message) for message in conversation.messages]
         text = self._render(messages, conversation.tools, generation_prompt=False)
-        if conversation.tools:
-            self._check_tools(messages, conversation.tools)
-        located = self._locate(messages, conversation.tools, text)
+        located = self._locate(messages, conversation.tools, text, weights, places)
         spans = []
-        for index, message in enumerate(conversation.messages):
-            where = f"message {index + 1} ({message.role})"
-            pieces = located[index]
-            if message.role == "assistant":
-                start = self._turn_start(messages[:index], conversation.tools, text, where)
-                if not start <= pieces[0][0]:
-                    raise SFTError("the generation prompt reaches into the message's text", where=where)
-                following = [p[0][0] for p in located[index + 1 :] if p]
-                end = self._turn_end(text, pieces[-1][1], min(following, default=len(text)), where)
-                weight = 1.0 if message.weight is None else _checked(message.weight)
+        for index, (pieces, weight) in enumerate(zip(located, weights, strict=True)):
+            if not pieces:
+                continue
+            start, end = pieces[0][0], pieces[-1][1]
+            if messages[index]["role"] == "assistant" and weight > 0:
+                turn = self._turn_start(messages[:index], conversation.tools, text, places[index])
+                if turn > start:
+                    raise SFTError(
+                        "the generation prompt reaches into the message's text", where=places[index]
+                    )
+                limit = min((p[0][0] for p in located[index + 1 :] if p), default=len(text))
+                start, end = turn, self._turn_end(text, end, limit, places[index])
+            if messages[index]["role"] == "assistant" or weight > 0:
                 spans.append(_Span(start, end, weight))
-            elif message.weight and pieces:
-                spans.append(_Span(pieces[0][0], pieces[-1][1], _checked(message.weight)))
         return _Layout(text=text, spans=tuple(spans), meta=conversation.meta)
 
     def _turn_start(
@@ -201,7 +205,8 @@ class Renderer:
                 "the chat template renders this turn's history differently once the turn is there, so what "
                 f"inference would see is not a prefix of the whole; they part at {_difference(prompt, text)}",
                 where=where,
-                fix="use a chat template that doesn't rewrite the history (model.chat_template)",
+                fix="use a chat template that doesn't rewrite the history (model.chat_template), or give this "
+                "turn weight 0",
             )
         return len(prompt)
 
@@ -216,77 +221,82 @@ class Renderer:
         return found + len(self.stop_token)
 
     def _locate(
-        self, messages: list[dict[str, object]], tools: Sequence[Mapping[str, object]], text: str
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]],
+        text: str,
+        weights: Sequence[float],
+        places: Sequence[str],
     ) -> list[list[tuple[int, int]]]:
         """For each message, where the pieces of its text lie in `text`, in order of position."""
         nonce = next(name for n in range(10**6) if (name := f"qxz{n}zxq") not in text)
-        counter = iter(range(10**9))
+        stop, count = self.stop_token, 0
 
         def wrap(value: object) -> object:
             """`value` with sentinels inside its outer whitespace, so that templates that trim still do."""
+            nonlocal count
             if isinstance(value, str) and (core := value.strip()):
-                at, number = value.index(core), next(counter)
+                at, number = value.index(core), count
                 end = at + len(core)
+                count += 1
                 return f"{value[:at]}{nonce}{number}a{core}{nonce}{number}b{value[end:]}"
             if isinstance(value, Mapping):
-                return {key: wrap(item) for key, item in value.items()}
+                return {wrap(k) if stop in k else k: wrap(item) for k, item in value.items()}
             if isinstance(value, list | tuple):
                 return [wrap(item) for item in value]
             return value
 
-        wrapped, owners = [], []
-        for message in messages:
-            first = next(counter)
-            marked_message = {key: wrap(value) if key in _TEXT else value for key, value in message.items()}
-            if calls := message.get("tool_calls"):
-                marked_message["tool_calls"] = [{**c, "function": wrap(c["function"])} for c in calls]
+        wrapped_tools = [_with_name(tool, wrap) for tool in tools]
+        tool_numbers, wrapped, owned = range(count), [], []
+        for message, weight in zip(messages, weights, strict=True):
+            first, marked_message = count, dict(message)
+            # An untrained turn's reasoning may be left out, as many templates do with earlier turns.
+            for key in ("content", "reasoning_content") if weight > 0 else ("content",):
+                if key in message:
+                    marked_message[key] = wrap(message[key])
+            if isinstance(calls := message.get("tool_calls"), list):
+                marked_message["tool_calls"] = [
+                    {**call, "function": wrap(call["function"])} for call in calls
+                ]
             wrapped.append(marked_message)
-            owners.append(range(first + 1, next(counter)))
-        marked = self._render(wrapped, tools, generation_prompt=False)
-        starts: dict[int, list[int]] = {}
-        ends: dict[int, list[int]] = {}
+            owned.append(range(first, count))
+        marked = self._render(wrapped, wrapped_tools, generation_prompt=False)
+        found: dict[str, list[int]] = {}
         position, plain = 0, []
         for piece in re.split(f"({nonce}[0-9]+[ab])", marked):
             if piece.startswith(nonce):
-                number, kind = int(piece[len(nonce) : -1]), piece[-1]
-                (starts if kind == "a" else ends).setdefault(number, []).append(position)
+                found.setdefault(piece[len(nonce) :], []).append(position)
             else:
                 plain.append(piece)
                 position += len(piece)
         if "".join(plain) != text:
             raise SFTError(
-                "the chat template changes the messages' text (other than trimming it), so where each message "
-                "lies can't be proved",
+                "the chat template changes the messages' text (other than trimming it), so where a message lies "
+                "can't be proved",
                 fix="use a chat template that keeps the text in place (model.chat_template)",
             )
-        located = []
-        for index, (message, numbers) in enumerate(zip(messages, owners, strict=True)):
-            where = f"message {index + 1} ({message['role']})"
-            trained = message["role"] == "assistant"
-            if any(n not in starts or n not in ends for n in numbers):
-                raise SFTError(
-                    "the chat template leaves out text of this message",
-                    where=where,
-                    fix="use a chat template that renders this role and these fields (model.chat_template)",
-                )
-            if trained and not numbers:
-                raise SFTError(
-                    "the response is empty", where=where, fix="remove the row, or write a response"
-                )
-            if trained and any(len(starts[n]) > 1 for n in numbers):
-                raise SFTError("the chat template repeats the text of this message", where=where)
-            located.append(sorted((starts[n][0], ends[n][0]) for n in numbers))
-        return located
-
-    def _check_tools(self, messages: list[dict[str, object]], tools: Sequence[Mapping[str, object]]) -> None:
-        if self._uses_tools is None:
-            with_tools, without = (self._render(messages, t, generation_prompt=False) for t in (tools, ()))
-            self._uses_tools = with_tools != without
-        if not self._uses_tools:
+        if any(f"{n}a" not in found for n in tool_numbers):
             raise SFTError(
                 "the row has tools, which the chat template leaves out",
                 fix="use a chat template that renders tools, such as model.chat_template: plain",
             )
+        located = []
+        for message, numbers, weight, where in zip(messages, owned, weights, places, strict=True):
+            if any(f"{n}{side}" not in found for n in numbers for side in "ab"):
+                raise SFTError(
+                    "the chat template leaves out text of this message",
+                    where=where,
+                    fix="use a chat template that renders this role and these fields (model.chat_template)"
+                    + (", or give this turn weight 0" if "reasoning_content" in message else ""),
+                )
+            if weight > 0 and message["role"] == "assistant" and not numbers:
+                raise SFTError(
+                    "the response is empty", where=where, fix="remove the row, or write a response"
+                )
+            if weight > 0 and any(len(found[f"{n}a"]) > 1 for n in numbers):
+                raise SFTError("the chat template repeats the text of this message", where=where)
+            located.append(sorted((found[f"{n}a"][0], found[f"{n}b"][0]) for n in numbers))
+        return located
 
     def _render(
         self,
@@ -295,19 +305,16 @@ class Renderer:
         *,
         generation_prompt: bool,
     ) -> str:
-        from jinja2 import TemplateError
-
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages),
-                    tools=list(tools) or None,
-                    chat_template=self.chat_template,
-                    add_generation_prompt=generation_prompt,
-                    tokenize=False,
-                )
+            (text,) = self.tokenizer.apply_chat_template(
+                [list(messages)],  # a batch of one, because a history may be empty
+                tools=list(tools) or None,
+                chat_template=self.chat_template,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            return str(text)
+        except Exception as error:  # a template is a program: it can fail in any way
             raise SFTError(
                 f"the chat template refuses the conversation: {error}",
                 fix="change the row, or use another chat template (model.chat_template)",
@@ -315,28 +322,45 @@ class Renderer:
 
     # ----------------------------------------------------------------------------------------- tokens
 
-    def _example(self, layout: _Layout, ids: list[int], offsets: Iterable[tuple[int, int]]) -> Example:
-        tokens = np.asarray(ids, dtype=np.int64)
-        chars = np.asarray(list(offsets), dtype=np.int64).reshape(-1, 2)
-        starts, ends = chars[:, 0], chars[:, 1]
-        added = np.isin(tokens, self._added)
+    @cached_property
+    def _adds_bos(self) -> bool:
+        return self.tokenizer.bos_token_id in self.tokenizer("a")["input_ids"][:1]
+
+    @cached_property
+    def _encoder(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with offsets that hold all of a token's characters.
+
+        Some byte-level tokenizers (Llama 3's) leave a token's spaces out of its offsets, so that it can't be
+        told on which side of a boundary they are.
+        """
+        probe = self.tokenizer("a  b", add_special_tokens=False, return_offsets_mapping=True)
+        if all(before[1] >= after[0] for before, after in pairwise(probe["offset_mapping"])):
+            return self.tokenizer
+        from tokenizers.processors import Sequence as Processors
+
+        whole = copy.deepcopy(self.tokenizer)
+        whole.backend_tokenizer.post_processor = Processors([])
+        return whole
+
+    def _example(self, layout: _Layout, ids: list[int], offsets: Sequence[tuple[int, int]]) -> Example:
+        if layout.prefix or layout.suffix:
+            behind = len(layout.text)
+            ids = [*layout.prefix, *ids, *layout.suffix]
+            offsets = [*((-1, -1) for _ in layout.prefix), *offsets]
+            offsets += [(behind, behind + 1) for _ in layout.suffix]
+        tokens = np.array(ids, dtype=np.int32)
+        chars = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids))
+        starts, ends = chars[::2], chars[1::2]
         weights = np.zeros(len(tokens), dtype=np.float32)
         reasons = np.full(len(tokens), Reason.CONTEXT, dtype=np.uint8)
         for span in layout.spans:
-            # An added token's offsets may reach over whitespace that it swallows: it belongs where it
-            # begins. Any other token that reaches into the span has to be produced, so it is trained.
             inside = (starts >= span.start) & (starts < span.end)
-            inside |= (starts < span.start) & (ends > span.start) & ~added
+            for i in np.flatnonzero((starts < span.start) & (ends > span.start)):
+                # A token that reaches into the span has to be produced, so it is trained; except an added
+                # token of the header that has merely swallowed the whitespace after it.
+                inside[i] = not (self._added[ids[i]] and layout.text[span.start : ends[i]].isspace())
             weights[inside] = span.weight
             reasons[inside] = Reason.TRAINED if span.weight > 0 else Reason.ZERO_WEIGHT
-        if layout.prefix or layout.suffix:
-            before, after = len(layout.prefix), len(layout.suffix)
-            tokens = np.concatenate([layout.prefix, tokens, layout.suffix]).astype(np.int64)
-            weights = np.pad(weights, (before, after))
-            reasons = np.pad(reasons, (before, after), constant_values=int(Reason.CONTEXT))
-            if after:
-                weights[-after:] = layout.suffix_weight
-                reasons[-after:] = Reason.TRAINED if layout.suffix_weight > 0 else Reason.ZERO_WEIGHT
         if len(tokens) and weights[0] > 0:
             weights[0], reasons[0] = 0.0, Reason.FIRST
         if not (weights > 0).any():
@@ -345,10 +369,7 @@ class Renderer:
                 where=str(layout.meta),
                 fix="remove the row, or give one of its messages a weight",
             )
-        return Example(tokens.astype(np.int32), weights, reasons, layout.meta)
-
-
-_TEXT = ("content", "reasoning_content")
+        return Example(tokens, weights, reasons, layout.meta)
 
 
 def _as_dict(message: Message) -> dict[str, object]:
@@ -372,10 +393,23 @@ def _as_dict(message: Message) -> dict[str, object]:
     return out
 
 
-def _checked(weight: float) -> float:
-    if not math.isfinite(weight) or weight < 0:
-        raise SFTError(f"weight {weight} is not a finite number of at least 0")
-    return weight
+def _with_name(tool: Mapping[str, object], wrap: Callable[[object], object]) -> dict[str, object]:
+    """The tool with `wrap` applied to its name."""
+    if isinstance(function := tool.get("function"), Mapping):
+        return {**tool, "function": _with_name(function, wrap)}
+    return {**tool, "name": wrap(tool["name"])} if "name" in tool else dict(tool)
+
+
+def _weight(message: Message, where: str) -> float:
+    if message.weight is None:
+        return 1.0 if message.role == "assistant" else 0.0
+    return _checked(message.weight, where)
+
+
+def _checked(weight: float, where: str) -> float:
+    if not 0 <= weight <= np.finfo(np.float32).max:
+        raise SFTError(f"weight {weight} is not a finite number of at least 0", where=where)
+    return float(np.float32(weight))
 
 
 def _difference(expected: str, text: str) -> str:

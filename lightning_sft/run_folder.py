@@ -22,6 +22,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_sft.errors import SFTError
+from lightning_sft.training.models import ADAPTER_CONFIG, MODEL_CONFIG
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -77,6 +78,32 @@ def _next_free(name: str) -> Path:
             number += 1
         else:
             return runs / f"{name}-{number}"
+
+
+def model_folder(source: str) -> Path:
+    """Where the model is: in a run folder its `model/`, else the folder itself.
+
+    Raises:
+        SFTError: `source` is no folder, or neither a finished run nor a model.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        raise SFTError("no such folder", where=source, fix="give a run folder (runs/...) or a model folder")
+    if (folder / CONFIG).is_file():
+        if (folder / MODEL).is_dir():
+            return folder / MODEL
+        raise SFTError(
+            "the run has no model yet: it isn't finished, or was stopped",
+            where=source,
+            fix=f"make one of its last checkpoint: lightning-sft export {source}",
+        )
+    if not any((folder / name).is_file() for name in (ADAPTER_CONFIG, MODEL_CONFIG)):
+        raise SFTError(
+            f"neither a run ({CONFIG}) nor a model ({MODEL_CONFIG} or {ADAPTER_CONFIG})",
+            where=source,
+            fix="give a run folder (runs/...) or a model folder",
+        )
+    return folder
 
 
 class RunFolder(Callback):

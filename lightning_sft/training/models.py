@@ -91,6 +91,35 @@ def load_model(
     return model.train()
 
 
+def load_trained(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """What a run exported, or any model folder: an adapter on its base, or a whole model; in eval mode.
+
+    Args:
+        folder: A folder with `adapter_config.json` (peft) or `config.json` (transformers).
+        dtype: Type of the loaded weights; None: as they are stored.
+
+    Raises:
+        SFTError: It is neither, or its base can't be loaded.
+    """
+    if not is_adapter(folder):
+        return load_model(str(folder), dtype=dtype, key="source").eval()
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if base is None:
+        raise SFTError("the adapter doesn't say which base it belongs to", where=str(folder / ADAPTER_CONFIG))
+    model = load_model(base, dtype=dtype, key=f"the base of {folder}")
+    return PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds a peft adapter."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
+
+
 def context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """How many tokens the model can take at once; None where neither configuration nor tokenizer says."""
     text = config.get_text_config()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -191,6 +192,25 @@ class SFTModule(LightningModule):
         self.tokenizer.save_pretrained(folder)
 
     # ------------------------------------------------------------------------------------------- steps
+
+    def on_fit_start(self) -> None:
+        """Refuse what would make the plan's step sizes wrong.
+
+        Raises:
+            SFTError: Accumulation changes over the run, or Lightning would replace the batch order.
+        """
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise SFTError(
+                "GradientAccumulationScheduler changes how many tokens a step has behind the batch plan's back",
+                where="trainer.callbacks",
+                fix="set trainer.accumulate_grad_batches",
+            )
+        if self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise SFTError(
+                "overfit_batches replaces the order of the batch plan",
+                where="trainer.overfit_batches",
+                fix="set `limit` of a data source, or trainer.limit_train_batches",
+            )
 
     def weighted_loss(self, batch: Batch, loss: Loss) -> Tensor:
         """Σ weight · loss over the batch's targets: a scalar, in at least float32."""

@@ -1,4 +1,4 @@
-"""The progress bar: Lightning's rich one, with the time left; plain lines where there is no terminal."""
+"""What a run shows: what it starts from, the progress bar, and plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_sft.data.datamodule import SFTDataModule
+    from lightning_sft.training.module import SFTModule
+
+_SHORT = {"train/loss": "loss", "train/tokens_per_second": "tok/s"}
 
 
 class Progress(RichProgressBar):
@@ -17,11 +24,20 @@ class Progress(RichProgressBar):
 
     def __init__(self) -> None:
         super().__init__(leave=True)
+        self._plain = not Console().is_terminal
+        if self._plain:
+            self.disable()
         self._started = 0.0
         self._first_step = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """Epoch, bar, batches, time; the numbers come behind them."""
+        return [TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn()]
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Show what the run starts from, and start the clock."""
+        if trainer.is_global_zero and hasattr(trainer.datamodule, "ledger"):  # type: ignore[attr-defined]
+            print(summary(trainer, pl_module), flush=True)
         super().on_train_start(trainer, pl_module)
         self._started, self._first_step = time.monotonic(), trainer.global_step
 
@@ -30,22 +46,55 @@ class Progress(RichProgressBar):
     ) -> None:
         """Advance the bar, or print a line at each logged step where output is no terminal."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        plain = self._console is not None and not self._console.is_terminal
         accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch
-        if plain and not accumulating and trainer.global_step % trainer.log_every_n_steps == 0:
-            shown = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if isinstance(v, int | float | str)}
-            values = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+        logged = trainer.global_step % trainer.log_every_n_steps == 0
+        if self._plain and logged and not accumulating and trainer.is_global_zero:
+            values = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, pl_module).items())
             print(f"step {trainer.global_step}/{_total_steps(trainer) or '?'}  {values}", flush=True)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What stands beside the bar."""
-        metrics: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
-        metrics.pop("v_num", None)
+        metrics: dict[str, Any] = {}
+        for name, value in super().get_metrics(trainer, pl_module).items():
+            if name != "v_num":
+                metrics[_SHORT.get(name, name)] = f"{value:,.0f}" if name.endswith("second") else f"{value:.3f}"
         done, total = trainer.global_step - self._first_step, _total_steps(trainer)
         if trainer.training and done > 0 and total:
             seconds = (time.monotonic() - self._started) / done * (total - trainer.global_step)
             metrics["left"] = str(timedelta(seconds=round(max(0.0, seconds))))
         return metrics
+
+
+def summary(trainer: Trainer, module: SFTModule) -> str:
+    """Model, data and batches of a run, in a few lines: what became of every row, and how many steps follow."""
+    data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    parameters = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    size, trained = sum(n for n, _ in parameters), sum(n for n, trains in parameters if trains)
+    rows = "flattened rows, no padding" if module.layout.padded_because is None else "padded rows"
+    plan = data.plan(0)
+    lines = [
+        f"model    {module.base}: {size:,} parameters, {trained:,} trained ({trained / size:.1%}), "
+        f"{type(module.adapter).__name__}",
+    ]
+    for part, prepared in data.prepared.items():
+        tokens = sum(len(example) for example in prepared.examples)
+        trained_tokens = sum(int((example.weights > 0).sum()) for example in prepared.examples)
+        lines.append(
+            f"{part:8} {len(prepared.examples):,} examples, {tokens:,} tokens, {trained_tokens:,} of them trained"
+        )
+        for ledger in prepared.ledgers:
+            lines.append(f"         {ledger.source}: {ledger.rows:,} rows as {ledger.format}")
+            for verb, account in (("dropped", ledger.dropped), ("truncated", ledger.truncated)):
+                lines += [
+                    f"         {verb} {loss.examples:,} examples ({loss.tokens:,} tokens): {reason}"
+                    for reason, loss in account.items()
+                ]
+    ranks = "1 rank" if trainer.world_size == 1 else f"{trainer.world_size} ranks"
+    steps = f"{plan.steps:,} steps an epoch" + (f", {total:,} in all" if (total := data.total_steps()) else "")
+    lines.append(
+        f"batches  {data.batch_size} examples × {trainer.accumulate_grad_batches} accumulated × {ranks}, {rows}; {steps}"
+    )
+    return "\n".join(lines)
 
 
 def _total_steps(trainer: Trainer) -> int:

@@ -22,7 +22,8 @@ def warmup_steps(warmup: float | int, total_steps: int) -> int:
             where="model.warmup",
             fix="give a fraction of all steps (0.03) or a whole number of steps (100)",
         )
-    return warmup if isinstance(warmup, int) else math.ceil(warmup * total_steps)
+    # 0.07 · 100 is 7.000000000000001, which is 7 steps
+    return warmup if isinstance(warmup, int) else math.ceil(round(warmup * total_steps, 6))
 
 
 def factor(step: int, *, schedule: Schedule, total_steps: int, warmup: int, final: float) -> float:

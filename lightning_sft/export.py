@@ -1,0 +1,119 @@
+"""`lightning-sft export`: the trained adapter or model as a folder that transformers and peft load."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lightning_sft.errors import SFTError
+
+if TYPE_CHECKING:
+    from lightning_sft.training.module import SFTModule
+
+
+def export(
+    source: str,
+    output: str | None = None,
+    merge: bool = False,
+    ckpt_path: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+) -> None:
+    """Write a run's adapter or model to a folder, or merge an adapter into its base.
+
+    Args:
+        source: A run folder, or an adapter's folder to merge.
+        output: Where to write; by default `model/` in the run folder, or `merged/` with `--merge`.
+        merge: Add the adapter to its base: a whole model, which
+            `AutoModelForCausalLM.from_pretrained` loads.
+        ckpt_path: The checkpoint of the run to export; by default what the run exported at its end, or its last
+            checkpoint if it didn't get there.
+        dtype: Type of the merged weights; by default the base's stored one.
+
+    Raises:
+        SFTError: There is nothing to export, or `output` already holds something.
+    """
+    from lightning_sft import run_folder
+    from lightning_sft.training.models import is_adapter
+
+    run, is_run = Path(source), (Path(source) / run_folder.CONFIG).is_file()
+    if ckpt_path is not None and not is_run:
+        raise SFTError("only a run has checkpoints", where=source, fix="give a run folder with --ckpt_path")
+    if is_run and (ckpt_path is not None or not (run / run_folder.MODEL).is_dir()):
+        checkpoint = Path(ckpt_path) if ckpt_path else run / run_folder.CHECKPOINTS / "last.ckpt"
+        folder = run / run_folder.MODEL if ckpt_path is None else run / f"model-{checkpoint.stem}"
+        if output is not None and not merge:
+            folder = Path(output)
+        restore(run, checkpoint).export(_free(folder))
+        print(f"{checkpoint} → {folder}")
+    else:
+        folder = run_folder.model_folder(source)
+    if merge and is_adapter(folder):
+        merged = Path(output) if output is not None else folder.with_name("merged")
+        _merge(folder, _free(merged), dtype)
+        print(f"merged {folder} → {merged}")
+    elif merge:
+        raise SFTError("this is already a whole model, there is nothing to merge", where=str(folder))
+    elif output is not None and folder != Path(output):
+        shutil.copytree(folder, _free(Path(output)), dirs_exist_ok=True)
+        print(f"{folder} → {output}")
+    elif output is None:
+        print(f"the exported model is in {folder}")
+
+
+def restore(run: Path, checkpoint: Path) -> SFTModule:
+    """The module of a run with the parameters of one of its checkpoints.
+
+    Raises:
+        SFTError: There is no such checkpoint, or it doesn't fit the run's configuration.
+    """
+    import torch
+    import yaml
+    from jsonargparse import ArgumentParser
+
+    from lightning_sft import plugins, run_folder
+    from lightning_sft.training.module import SFTModule
+
+    if not checkpoint.is_file():
+        raise SFTError("no such checkpoint", where=str(checkpoint), fix="the run may have been stopped before its first")
+    config = (run / run_folder.CONFIG).read_text(encoding="utf-8")
+    plugins.load_named([config])
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SFTModule, "model")
+    module: SFTModule = parser.instantiate(parser.parse_object({"model": yaml.safe_load(config)["model"]})).model
+    module.configure_model()
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    module.on_load_checkpoint(saved)
+    module.load_state_dict(saved["state_dict"], strict=False)
+    return module
+
+
+def _merge(adapter: Path, output: Path, dtype: str | None) -> None:
+    """Merge in float32 and store as `dtype`."""
+    import torch
+    from peft import PeftConfig
+    from transformers import AutoConfig, GenerationConfig
+
+    from lightning_sft.training.models import load_tokenizer, load_trained
+
+    base = AutoConfig.from_pretrained(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
+    stored = getattr(torch, dtype) if dtype else base.dtype or torch.float32
+    model = load_trained(adapter, dtype=torch.float32).merge_and_unload().to(stored)
+    model.generation_config = GenerationConfig.from_pretrained(str(adapter))
+    model.save_pretrained(output)
+    load_tokenizer(str(adapter)).save_pretrained(output)
+
+
+def _free(folder: Path) -> Path:
+    if folder.exists() and any(folder.iterdir()):
+        raise SFTError("the folder is not empty", where=str(folder), fix="choose another with --output, or empty it")
+    return folder
+
+
+def command(argv: Sequence[str]) -> None:
+    """Parse the command line and export."""
+    from lightning_sft import command_line
+
+    command_line.quieten()
+    command_line.call(export, argv, "export")
