@@ -67,7 +67,7 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> None:
         if not tokenizer.is_fast:
             raise SFTError(
-                f"{type(tokenizer).__name__} is a slow tokenizer: it can't say where a token lies in the text",
+                f"{type(tokenizer).__name__} is a slow tokenizer: it doesn't tell where a token lies",
                 where="model.tokenizer",
                 fix="save it as a fast one (a folder with tokenizer.json) and give that folder",
             )
@@ -91,8 +91,13 @@ class Renderer:
         for conversation in conversations:
             try:
                 layouts.append(self._layout(conversation))
+                layouts[-1].text.encode()
             except SFTError as error:
                 raise error.at(str(conversation.meta)) from None
+            except UnicodeEncodeError as error:
+                raise SFTError(
+                    f"the text holds half a character: {error}", where=str(conversation.meta)
+                ) from None
         if not layouts:
             return []
         encoded = self._encoder(
@@ -125,11 +130,9 @@ class Renderer:
         found = [(after.index(name), -len(name), name) for name in added if name.strip() and name in after]
         if not found:
             raise SFTError(
-                f"the chat template ends an assistant turn with {after!r}, in which there is no token that "
-                "generation could stop on",
+                f"the chat template ends a turn with {after!r}: no token that generation could stop on",
                 where="model.chat_template",
-                fix="use a template that writes an end-of-turn token which the tokenizer has, such as its EOS, "
-                f"{self.tokenizer.eos_token}",
+                fix=f"use a template that writes an end-of-turn token, such as {self.tokenizer.eos_token}",
             )
         return min(found)[2]
 
@@ -143,17 +146,8 @@ class Renderer:
 
     def _layout(self, conversation: Conversation | Segments) -> _Layout:
         if isinstance(conversation, Segments):
-            layout = self._segments_layout(conversation)
-        else:
-            layout = self._conversation_layout(conversation)
-        try:
-            layout.text.encode()
-        except UnicodeEncodeError as error:
-            raise SFTError(
-                f"the text holds half a character (the lone surrogate {layout.text[error.start]!r})",
-                fix="repair the row: its text was probably cut inside an emoji",
-            ) from None
-        return layout
+            return self._segments_layout(conversation)
+        return self._conversation_layout(conversation)
 
     def _segments_layout(self, segments: Segments) -> _Layout:
         text, weight, spans = "", 0.0, []
@@ -175,7 +169,8 @@ class Renderer:
 
     def _conversation_layout(self, conversation: Conversation) -> _Layout:
         places = [f"message {n} ({message.role})" for n, message in enumerate(conversation.messages, 1)]
-        weights = [_weight(m, place) for m, place in zip(conversation.messages, places, strict=True)]
+        given = [m.role == "assistant" if m.weight is None else m.weight for m in conversation.messages]
+        weights = [_checked(weight, place) for weight, place in zip(given, places, strict=True)]
         messages = [_as_dict(message) for message in conversation.messages]
         text = self._render(messages, conversation.tools, generation_prompt=False)
         located = self._locate(messages, conversation.tools, text, weights, places)
@@ -187,9 +182,7 @@ class Renderer:
             if messages[index]["role"] == "assistant" and weight > 0:
                 turn = self._turn_start(messages[:index], conversation.tools, text, places[index])
                 if turn > start:
-                    raise SFTError(
-                        "the generation prompt reaches into the message's text", where=places[index]
-                    )
+                    raise SFTError("the generation prompt reaches into this message", where=places[index])
                 limit = min((p[0][0] for p in located[index + 1 :] if p), default=len(text))
                 start, end = turn, self._turn_end(text, end, limit, places[index])
             if messages[index]["role"] == "assistant" or weight > 0:
@@ -205,8 +198,7 @@ class Renderer:
                 "the chat template renders this turn's history differently once the turn is there, so what "
                 f"inference would see is not a prefix of the whole; they part at {_difference(prompt, text)}",
                 where=where,
-                fix="use a chat template that doesn't rewrite the history (model.chat_template), or give this "
-                "turn weight 0",
+                fix="use a chat template that keeps history (model.chat_template), or give the turn weight 0",
             )
         return len(prompt)
 
@@ -255,9 +247,7 @@ class Renderer:
                 if key in message:
                     marked_message[key] = wrap(message[key])
             if isinstance(calls := message.get("tool_calls"), list):
-                marked_message["tool_calls"] = [
-                    {**call, "function": wrap(call["function"])} for call in calls
-                ]
+                marked_message["tool_calls"] = [{**c, "function": wrap(c["function"])} for c in calls]
             wrapped.append(marked_message)
             owned.append(range(first, count))
         marked = self._render(wrapped, wrapped_tools, generation_prompt=False)
@@ -271,8 +261,7 @@ class Renderer:
                 position += len(piece)
         if "".join(plain) != text:
             raise SFTError(
-                "the chat template changes the messages' text (other than trimming it), so where a message lies "
-                "can't be proved",
+                "the chat template changes the messages' text (more than by trimming it)",
                 fix="use a chat template that keeps the text in place (model.chat_template)",
             )
         if any(f"{n}a" not in found for n in tool_numbers):
@@ -290,9 +279,7 @@ class Renderer:
                     + (", or give this turn weight 0" if "reasoning_content" in message else ""),
                 )
             if weight > 0 and message["role"] == "assistant" and not numbers:
-                raise SFTError(
-                    "the response is empty", where=where, fix="remove the row, or write a response"
-                )
+                raise SFTError("the response is empty", where=where, fix="remove the row, or fill it in")
             if weight > 0 and any(len(found[f"{n}a"]) > 1 for n in numbers):
                 raise SFTError("the chat template repeats the text of this message", where=where)
             located.append(sorted((found[f"{n}a"][0], found[f"{n}b"][0]) for n in numbers))
@@ -398,12 +385,6 @@ def _with_name(tool: Mapping[str, object], wrap: Callable[[object], object]) -> 
     if isinstance(function := tool.get("function"), Mapping):
         return {**tool, "function": _with_name(function, wrap)}
     return {**tool, "name": wrap(tool["name"])} if "name" in tool else dict(tool)
-
-
-def _weight(message: Message, where: str) -> float:
-    if message.weight is None:
-        return 1.0 if message.role == "assistant" else 0.0
-    return _checked(message.weight, where)
 
 
 def _checked(weight: float, where: str) -> float:

@@ -1,0 +1,54 @@
+"""Every command that README and guides show is run, in the order they show it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lightning_sft.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "docs/fine-tuning.md", "docs/data.md", "docs/plugins.md"]
+
+
+def commands(page: str) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_the_commands_of_the_page_run(page, tmp_path, monkeypatch, model_folder, capfd):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copytree(model_folder("llama"), tmp_path / "my-model")
+    rows = [{"instruction": f"say {n}", "input": "", "output": f"{n} {n}"} for n in range(40)]
+    (tmp_path / "my-data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    for line in commands(page):
+        program, *arguments = shlex.split(line)
+        assert program == "lightning-sft", f"{line}: only lightning-sft commands can be shown as bash"
+        if "ddp" in arguments:
+            continue  # starts processes: tests/training/test_invariance.py
+        assert main(arguments) == 0, f"{line}\n{capfd.readouterr().err}"
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in [*PAGES, "docs/decisions.md", "CHANGELOG.md"]:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+
+
+def test_the_format_of_the_plugin_guide_works():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/plugins.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    names: dict[str, object] = {}
+    exec(code.group(1), names)
+    format = names["QuestionAnswer"](language="en")
+    (conversation,) = format.convert({"question": "a?", "answer": "b", "language": "en"})
+    assert [m.content for m in conversation.messages] == ["a?", "b"]
+    assert not list(format.convert({"question": "a?", "answer": "b", "language": "de"}))
