@@ -1,8 +1,9 @@
-"""`fit`, `validate` and `test`: LightningCLI over SFTModule, SFTDataModule and the plug-ins that are named."""
+"""`fit`, `validate` and `test`: LightningCLI over SFTModule, SFTDataModule and the named plug-ins."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_sft import command_line, plugins, run_folder
 from lightning_sft.data.datamodule import SFTDataModule
+from lightning_sft.data.sources import Source
 from lightning_sft.errors import SFTError
+from lightning_sft.training.models import load_checkpoint
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.progress import Progress
 
@@ -22,11 +25,18 @@ from lightning_sft.training.progress import Progress
 class Parser(command_line.ClearErrors, LightningArgumentParser):
     """LightningCLI's parser, with errors for people."""
 
+    def add_class_arguments(self, theclass: Any, nested_key: str | None = None, **kwargs: Any) -> list[str]:
+        """Without sub-configs for `data`: a file that is given there is data, not to be parsed as options."""
+        if nested_key == "data":
+            kwargs["sub_configs"] = False
+        return super().add_class_arguments(theclass, nested_key, **kwargs)
+
 
 class SFTCommand(LightningCLI):
     """The commands that train and validate, on one YAML."""
 
     folder: Path | None = None
+    writer: run_folder.RunFolder | None = None
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -44,10 +54,17 @@ class SFTCommand(LightningCLI):
             default = plugins.default(kind)
             parser.set_defaults({key: {"class_path": f"{default.__module__}.{default.__qualname__}"}})
 
+    def _parse_ckpt_path(self) -> None:
+        """Leave the options as given: LightningCLI would take hyperparameters from the checkpoint."""
+
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint, claim the run folder, and set the run's end where the configuration sets none."""
+        """Find the checkpoint, claim the run folder, and set the run's end where no option sets it."""
         chosen = self.config[self.subcommand]
+        for part in ("train", "val", "test"):
+            _refuse_broken_list(f"data.{part}", chosen.data[part])
         chosen.ckpt_path = _checkpoint(chosen.ckpt_path, chosen.trainer.default_root_dir)
+        if chosen.ckpt_path is not None:
+            load_checkpoint(Path(chosen.ckpt_path), weights_only=chosen.weights_only is not False)
         if self.subcommand != "fit":
             return
         config = self.config.fit
@@ -60,9 +77,11 @@ class SFTCommand(LightningCLI):
         resuming = config.ckpt_path is not None
         self.folder = run_folder.claim(trainer.default_root_dir, name, resuming=resuming)
         trainer.default_root_dir = str(self.folder)
+        if resuming:
+            command_line.quieten_continuing(self.folder)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer, with what every run has: checkpoints, metrics and model in the run folder, progress."""
+        """The Trainer, with what every run has: progress, checkpoints, metrics, the run folder."""
         given = dict(self._get(self.config_init, "trainer"))
         callbacks = list(_as_list(given["callbacks"]))
         if given["enable_progress_bar"] is not False and not _has(callbacks, ProgressBar):
@@ -74,11 +93,14 @@ class SFTCommand(LightningCLI):
         if given["enable_checkpointing"] is not False and not _has(callbacks, ModelCheckpoint):
             callbacks.append(self._checkpoints())
         if given["logger"] is None or given["logger"] is True:
-            kwargs.setdefault("logger", CSVLogger(self.folder, name="", version="", flush_logs_every_n_steps=10))
+            kwargs.setdefault(
+                "logger", CSVLogger(self.folder, name="", version="", flush_logs_every_n_steps=10)
+            )
         parser = self._parser(self.subcommand)
         config = self.config.fit.clone()
         config.pop("config", None)
-        callbacks.append(run_folder.RunFolder(parser.dump(config, skip_none=False)))
+        self.writer = run_folder.RunFolder(parser.dump(config, skip_none=False))
+        callbacks.append(self.writer)
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _checkpoints(self) -> ModelCheckpoint:
@@ -94,10 +116,24 @@ class SFTCommand(LightningCLI):
         )
 
     def after_fit(self) -> None:
-        """Say where everything is."""
-        if self.folder is not None and self.trainer.is_global_zero and not self.trainer.interrupted:
+        """Say where everything is.
+
+        Raises:
+            SFTError: There was nothing to do, as when the checkpoint is from the run's end.
+        """
+        if self.writer is not None and not self.writer.started:
+            checkpoint = self.config.fit.ckpt_path
+            raise SFTError(
+                "the checkpoint is from the end of the run, so there is nothing left to train"
+                if checkpoint
+                else "the run ends before its first step",
+                where=f"--ckpt_path {checkpoint}" if checkpoint else "trainer",
+                fix="raise trainer.max_epochs, max_steps or max_time",
+            )
+        if self.folder is not None and self.trainer.is_global_zero:
             print(
-                f"\nThe run is in {self.folder}: config.yaml, metrics.csv, ledger.json, checkpoints/, model/\n"
+                f"\nThe run is in {self.folder}: "
+                "config.yaml, metrics.csv, ledger.json, checkpoints/, model/\n"
                 f'Try it:   lightning-sft generate {self.folder} --prompt "..."\n'
                 f"Export:   lightning-sft export {self.folder} --merge"
             )
@@ -111,7 +147,10 @@ def run(argv: Sequence[str]) -> None:
         SystemExit: With 2 if the arguments or a config file can't be parsed.
     """
     command_line.quieten()
+    command_line.check_configs(argv)
     plugins.load_named(plugins.named_in(argv))
+    if any(argument.split("=")[0].endswith("help") or argument == "-h" for argument in argv):
+        _load_all_that_can_be()
     command = SFTCommand.__new__(SFTCommand)
     try:
         command.__init__(  # type: ignore[misc]
@@ -122,15 +161,53 @@ def run(argv: Sequence[str]) -> None:
             seed_everything_default=0,
             trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
             parser_class=Parser,
+            parser_kwargs={"prog": "lightning-sft"},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
     except BaseException as error:
         if command.folder is not None:
             run_folder.release(command.folder)
+        if isinstance(error, SFTError):
+            raise command_line.in_config(error, argv) from error
         if isinstance(error, MisconfigurationException):
-            raise SFTError(str(error), where="trainer") from error
+            raise SFTError(
+                str(error), where="trainer", fix="change the trainer's options; --help lists them"
+            ) from error
+        if isinstance(error, SystemExit) and _was_interrupted(command):
+            _tell_how_to_go_on(command.folder)
+            raise KeyboardInterrupt from None  # Lightning exits with 1
         raise
+
+
+def _load_all_that_can_be() -> None:
+    """So that help lists them."""
+    for plugin in plugins.discover():
+        with suppress(SFTError):
+            plugin.load()
+
+
+def _was_interrupted(command: SFTCommand) -> bool:
+    trainer = getattr(command, "trainer", None)
+    return trainer is not None and bool(trainer.interrupted)
+
+
+def _tell_how_to_go_on(folder: Path | None) -> None:
+    if folder is not None and (folder / run_folder.CHECKPOINTS / "last.ckpt").is_file():
+        print(f"\nContinue: add --trainer.default_root_dir {folder} --ckpt_path last")
+
+
+def _refuse_broken_list(key: str, value: object) -> None:
+    """Say what is wrong with a list of sources that the parser has taken for a path.
+
+    Raises:
+        SFTError: The list's own problem.
+    """
+    for path in filter(lambda each: isinstance(each, str), _as_list(value)):
+        if path.lstrip().startswith(("[", "{")) and not Path(path).exists():
+            parser = command_line.CommandParser()
+            parser.add_argument(f"--{key}", type=Source if path.lstrip()[0] == "{" else list[Source])
+            parser.parse_args([f"--{key}={path}"])
 
 
 def _checkpoint(given: Any, folder: str | None) -> str | None:
@@ -141,11 +218,15 @@ def _checkpoint(given: Any, folder: str | None) -> str | None:
     if str(given) == "last":
         if folder is None:
             raise SFTError(
-                "which run's last checkpoint?", where="--ckpt_path last", fix="add --trainer.default_root_dir RUN"
+                "which run's last checkpoint?",
+                where="--ckpt_path last",
+                fix="add --trainer.default_root_dir RUN",
             )
         path = Path(folder) / run_folder.CHECKPOINTS / "last.ckpt"
     if not path.is_file():
-        raise SFTError("no such checkpoint", where=f"--ckpt_path {path}", fix="runs keep theirs in checkpoints/")
+        raise SFTError(
+            "no such checkpoint", where=f"--ckpt_path {path}", fix="runs keep theirs in checkpoints/"
+        )
     return str(path)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser
@@ -21,11 +23,15 @@ _WRONG_TYPE = re.compile(r"Expected an? (.+?)\. Got value: (.*)", re.DOTALL)
 _WRONG_UNION = re.compile(r"Subtypes: \[(.+?)\]\n.*Given value: (.*)", re.DOTALL)
 _REQUIRED = re.compile(r"arguments are required: (?:fit|validate|test)?\.?(.+)")
 _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+_AMBIGUOUS = re.compile(r"with name (\w+)\. Give the full class path to avoid ambiguity: (.+)\.\n")
 _UNKNOWN_INIT_ARG = re.compile(
     r"Problem with given class_path '([\w.]+)':\s+(?:- )?"
     r"(?:Option '(\w+)' is not accepted|.*?[Kk]ey '(?:init_args\.)?(\w+)' is not expected)"
 )
 _BASE = re.compile(r"lightning_sft\.bases\.(\w+)")
+_NO_OPTION = re.compile(r"no option is named '([\w.]+)'")
+_ABSENT = object()
+_LIGHTNING_BASE = re.compile(r"<class '(lightning\.[\w.]+)'>")
 _KINDS = {"DataFormat": "formats", "Adapter": "adapters", "Loss": "losses"}
 
 
@@ -56,15 +62,93 @@ def call(function: Callable[..., None], argv: Sequence[str], command: str) -> No
     parser.description = doc.short_description
     helps = {parameter.arg_name: parameter.description for parameter in doc.params}
     flags = {name for name, p in inspect.signature(function).parameters.items() if p.default is False}
-    parser.add_function_arguments(function, as_positional=True, skip=flags)
+    parser.add_function_arguments(function, as_positional=True, skip={*flags})
     for flag in sorted(flags):
         parser.add_argument(f"--{flag}", action="store_true", help=helps.get(flag))
     function(**parser.parse_args(list(argv)).as_dict())
 
 
+def check_configs(argv: Sequence[str]) -> None:
+    """Read the config files that a command line names, for errors that say which file and line.
+
+    Raises:
+        SFTError: One is missing, is not YAML, or holds no options.
+    """
+    for name in _config_files(argv):
+        read_config(name)
+
+
+def in_config(error: SFTError, argv: Sequence[str]) -> SFTError:
+    """The error with the config file in front that gives the option it is about; if one does."""
+    unknown = _NO_OPTION.fullmatch(error.what)
+    key = unknown.group(1) if unknown else (error.where or "").partition(":")[0]
+    if any(argument.lstrip("-").partition("=")[0].startswith(key) for argument in argv):
+        return error
+    for name in reversed(_config_files(argv)):
+        found: object = read_config(name)
+        for part in key.split("."):
+            found = found.get(part, _ABSENT) if isinstance(found, dict) else _ABSENT
+        if found is not _ABSENT:
+            return error.at(name)
+    return error
+
+
+def _config_files(argv: Sequence[str]) -> list[str]:
+    """The values of `--config` that are files, not configurations themselves."""
+    names = []
+    for number, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-c") and (equals or number + 1 < len(argv)):
+            names.append(value if equals else argv[number + 1])
+    return [name for name in names if not name.lstrip().startswith("{") and "\n" not in name]
+
+
+def read_config(name: str) -> dict[str, object]:
+    """The options in a config file, as they stand.
+
+    Raises:
+        SFTError: There is no such file, it is not YAML, or holds no options.
+    """
+    import yaml
+
+    path = Path(name).expanduser()
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SFTError("no such config file", where=name, fix=_nearest_file(path)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SFTError(f"the config file can't be read: {error}", where=name) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{name}, line {mark.line + 1}, column {mark.column + 1}" if mark else name
+        problem = getattr(error, "problem", None) or str(error)
+        raise SFTError(
+            f"malformed YAML: {problem}",
+            where=place,
+            fix="check the indentation, brackets and quotes before it",
+        ) from error
+    if not isinstance(content, dict):
+        raise SFTError(
+            "the config file holds no options" if content is None else "the config file is no mapping",
+            where=name,
+            fix="write `model:`, `data:` and `trainer:` with their options below",
+        )
+    return content
+
+
+def _nearest_file(path: Path) -> str:
+    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = get_close_matches(path.name, siblings, n=1)
+    if close:
+        return f"did you mean {path.with_name(close[0])}?"
+    return f"relative paths start at {Path.cwd()}"
+
+
 def options_of(parser: ArgumentParser) -> list[str]:
     """The options that a parser and its subcommands know, as dotted keys."""
-    options = [action.dest for action in parser._actions if action.dest not in ("help", "config", "subcommand")]
+    options = [
+        action.dest for action in parser._actions if action.dest not in ("help", "config", "subcommand")
+    ]
     for action in parser._actions:
         for subparser in (getattr(action, "_name_parser_map", None) or {}).values():
             options += options_of(subparser)
@@ -80,6 +164,14 @@ def explain(message: str, options: Iterable[str]) -> SFTError:
     """
     found = _KEY.search(message)
     where = found.group(1) if found else None
+    if twice := _AMBIGUOUS.search(message):
+        paths = sorted(twice.group(2).split(", "))
+        named = [str(plugin) for plugin in plugins.discover() if plugin.class_path in paths]
+        return SFTError(
+            f"the name {twice.group(1)} is used more than once: {' and '.join(named or paths)}",
+            where=where,
+            fix=f"give the full class path: {' or '.join(paths)}",
+        )
     if unknown := _UNKNOWN_CLASS.search(message):
         base = _BASE.search(message)
         kind = _KINDS.get(base.group(1)) if base else None
@@ -88,7 +180,10 @@ def explain(message: str, options: Iterable[str]) -> SFTError:
                 plugins.find(kind, unknown.group(1))
             except SFTError as error:
                 return error.at(where) if where else error
-        return SFTError(f"no class is named {unknown.group(1)!r}", where=where, fix="give its full class path")
+        name = unknown.group(1)
+        known = _imported_subclasses(message) or [plugin.name for plugin in plugins.discover()]
+        fix = _nearest(name, known) or "give its full class path"
+        return SFTError(f"no class is named {name!r}", where=where, fix=fix)
     if option := _UNKNOWN_INIT_ARG.search(message):
         class_path, name = option.group(1), option.group(2) or option.group(3)
         known = _parameters(class_path)
@@ -99,7 +194,9 @@ def explain(message: str, options: Iterable[str]) -> SFTError:
         )
     if option := _UNKNOWN_OPTION.search(message):
         name = option.group(1) or option.group(2)
-        return SFTError(f"no option is named {name!r}", fix=_nearest(name, options) or "--help lists the options")
+        return SFTError(
+            f"no option is named {name!r}", fix=_nearest(name, options) or "--help lists the options"
+        )
     if wrong := _WRONG_UNION.search(message) or _WRONG_TYPE.search(message):
         return SFTError(f"expected {_plain(wrong.group(1))}, got {wrong.group(2).strip()!r}", where=where)
     if required := _REQUIRED.search(message):
@@ -109,8 +206,27 @@ def explain(message: str, options: Iterable[str]) -> SFTError:
 
 def _plain(types: str) -> str:
     """Type names as a YAML author would say them."""
-    types = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", types).replace("typing.", "").replace("NoneType", "null")
+    types = (
+        re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", types)
+        .replace("typing.", "")
+        .replace("NoneType", "null")
+    )
     return re.sub(r"Literal\[(.+?)\]", r"one of \1", types)
+
+
+def _imported_subclasses(message: str) -> list[str]:
+    """The short names of the classes that would do where Lightning's classes are asked for."""
+    asked = _LIGHTNING_BASE.search(message)
+    if asked is None:
+        return []
+    module, _, name = asked.group(1).rpartition(".")
+    todo, names = [getattr(sys.modules.get(module), name, None)], set()
+    while todo:
+        cls = todo.pop()
+        if isinstance(cls, type):
+            names.add(cls.__name__)
+            todo += cls.__subclasses__()
+    return sorted(names)
 
 
 def _parameters(class_path: str) -> list[str]:
@@ -123,8 +239,8 @@ def _nearest(name: str, known: Iterable[str]) -> str | None:
     known = list(known)
     close = get_close_matches(name, known, n=1, cutoff=0.6)
     if not close:
-        last = name.rpartition(".")[2]
-        close = [option for option in known if option.rpartition(".")[2] == last]
+        names = {option.rpartition(".")[2]: option for option in reversed(known)}
+        close = [names[last] for last in get_close_matches(name.rpartition(".")[2], names, n=1)]
     return f"did you mean {close[0]}?" if close else None
 
 
@@ -133,6 +249,7 @@ def quieten() -> None:
     for message in (
         ".*args parameter is intended to run from within Python.*",
         ".*does not have many workers.*",
+        "Total length of `list` across ranks is zero.*",
         ".*treespec, LeafSpec.*",
         ".*is_gradient_checkpointing.*deprecated.*",
         "Be aware that when using `ckpt_path`, callbacks used to create.*",
@@ -140,6 +257,13 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advert)
+
+
+def quieten_continuing(folder: Path) -> None:
+    """Leave out that the folder of a continued run isn't empty; its metrics have been kept."""
+    name = re.escape(str(folder))
+    warnings.filterwarnings("ignore", f"Experiment logs directory .*{name}.* exists and is not empty")
+    warnings.filterwarnings("ignore", f"Checkpoint directory .*{name}.* exists and is not empty")
 
 
 def _is_no_advert(record: logging.LogRecord) -> bool:

@@ -27,8 +27,8 @@ def export(
         output: Where to write; by default `model/` in the run folder, or `merged/` with `--merge`.
         merge: Add the adapter to its base: a whole model, which
             `AutoModelForCausalLM.from_pretrained` loads.
-        ckpt_path: The checkpoint of the run to export; by default what the run exported at its end, or its last
-            checkpoint if it didn't get there.
+        ckpt_path: The checkpoint of the run to export; by default what the run exported at its end, or
+            its last checkpoint if it didn't get there.
         dtype: Type of the merged weights; by default the base's stored one.
 
     Raises:
@@ -68,23 +68,29 @@ def restore(run: Path, checkpoint: Path) -> SFTModule:
     Raises:
         SFTError: There is no such checkpoint, or it doesn't fit the run's configuration.
     """
-    import torch
-    import yaml
-    from jsonargparse import ArgumentParser
-
-    from lightning_sft import plugins, run_folder
+    from lightning_sft import command_line, plugins, run_folder
+    from lightning_sft.training.models import load_checkpoint
     from lightning_sft.training.module import SFTModule
 
     if not checkpoint.is_file():
-        raise SFTError("no such checkpoint", where=str(checkpoint), fix="the run may have been stopped before its first")
-    config = (run / run_folder.CONFIG).read_text(encoding="utf-8")
-    plugins.load_named([config])
-    parser = ArgumentParser(exit_on_error=False)
+        raise SFTError(
+            "no such checkpoint", where=str(checkpoint), fix="the run may have been stopped before its first"
+        )
+    saved = load_checkpoint(checkpoint)
+    config = command_line.read_config(str(run / run_folder.CONFIG))
+    options = {"model": config.get("model")}
+    plugins.load_named([str(options)])
+    parser = command_line.CommandParser()
     parser.add_class_arguments(SFTModule, "model")
-    module: SFTModule = parser.instantiate(parser.parse_object({"model": yaml.safe_load(config)["model"]})).model
+    try:
+        module: SFTModule = parser.instantiate(parser.parse_object(options)).model
+    except SFTError as error:
+        raise error.at(str(run / run_folder.CONFIG)) from error
     module.configure_model()
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    module.on_load_checkpoint(saved)
+    try:
+        module.on_load_checkpoint(saved)
+    except SFTError as error:
+        raise SFTError(error.what, where=str(checkpoint), fix=error.fix) from error
     module.load_state_dict(saved["state_dict"], strict=False)
     return module
 
@@ -92,12 +98,11 @@ def restore(run: Path, checkpoint: Path) -> SFTModule:
 def _merge(adapter: Path, output: Path, dtype: str | None) -> None:
     """Merge in float32 and store as `dtype`."""
     import torch
-    from peft import PeftConfig
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    from lightning_sft.training.models import load_tokenizer, load_trained
+    from lightning_sft.training.models import base_of, load_config, load_tokenizer, load_trained
 
-    base = AutoConfig.from_pretrained(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
+    base = load_config(base_of(adapter), key=f"the base of {adapter}")
     stored = getattr(torch, dtype) if dtype else base.dtype or torch.float32
     model = load_trained(adapter, dtype=torch.float32).merge_and_unload().to(stored)
     model.generation_config = GenerationConfig.from_pretrained(str(adapter))
@@ -106,8 +111,12 @@ def _merge(adapter: Path, output: Path, dtype: str | None) -> None:
 
 
 def _free(folder: Path) -> Path:
+    if folder.is_file():
+        raise SFTError("this is a file, not a folder", where=str(folder), fix="choose another with --output")
     if folder.exists() and any(folder.iterdir()):
-        raise SFTError("the folder is not empty", where=str(folder), fix="choose another with --output, or empty it")
+        raise SFTError(
+            "the folder is not empty", where=str(folder), fix="choose another with --output, or empty it"
+        )
     return folder
 
 

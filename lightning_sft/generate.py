@@ -32,10 +32,14 @@ def generate(
         seed: Seed of the sampling.
 
     Raises:
-        SFTError: There is no model or no prompt, or the prompt leaves no room for an answer.
+        SFTError: There is no model or no prompt, the prompt leaves no room for an answer, or an option is out
+            of range.
     """
     from lightning_sft.run_folder import model_folder
 
+    _check(max_new_tokens, temperature, top_p)
+    if raw and system is not None:
+        raise SFTError("--raw leaves out the chat template, which --system needs", fix="give one of them")
     folder = model_folder(source)
     text = _prompt(prompt)
 
@@ -48,16 +52,20 @@ def generate(
     tokenizer = load_tokenizer(str(folder), key="source")
     renderer = Renderer(tokenizer)
     if not raw:
-        messages = [Message("user", text)] if system is None else [Message("system", system), Message("user", text)]
+        messages = (
+            [Message("user", text)] if system is None else [Message("system", system), Message("user", text)]
+        )
         text = renderer.generation_prompt(messages)
     model = load_trained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-    inputs = tokenizer(text, add_special_tokens=raw, return_tensors="pt").to(model.device)
+    inputs = tokenizer(text, add_special_tokens=raw, return_tensors="pt", verbose=False).to(model.device)
     length = inputs["input_ids"].shape[1]
     context = context_length(model.config, tokenizer)
     room = max_new_tokens if context is None else min(max_new_tokens, context - length)
     if room < 1:
         raise SFTError(
-            f"the prompt has {length} tokens, the model's context is {context}", where="--prompt", fix="shorten it"
+            f"the prompt has {length} tokens, the model's context is {context}",
+            where="--prompt",
+            fix="shorten it",
         )
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
@@ -71,13 +79,22 @@ def generate(
     )
 
 
+def _check(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if max_new_tokens < 1:
+        raise SFTError(f"it is {max_new_tokens}", where="--max_new_tokens", fix="give at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise SFTError(f"it is {temperature}", where="--temperature", fix="give 0 or more")
+    if not 0 < top_p <= 1:
+        raise SFTError(f"it is {top_p}", where="--top_p", fix="give more than 0 and at most 1")
+
+
 def _prompt(prompt: str | None) -> str:
     if prompt is None:
         if sys.stdin.isatty():
             raise SFTError("no prompt", fix='give --prompt "...", or pipe one in')
         prompt = sys.stdin.read().rstrip("\n")
     if not prompt.strip():
-        raise SFTError("the prompt is empty", where="--prompt")
+        raise SFTError("the prompt is empty", where="--prompt", fix="write something")
     return prompt
 
 

@@ -138,9 +138,12 @@ class Renderer:
 
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """The ids that generation should stop on: the template's end of turn, and EOS."""
-        ids = [self.tokenizer.convert_tokens_to_ids(self.stop_token), self.tokenizer.eos_token_id]
-        return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
+        """The ids that generation should stop on: the template's end of turn, where it has one, and EOS."""
+        try:
+            names = [self.stop_token, self.tokenizer.eos_token]
+        except SFTError:  # raw text needs no template, so its end of turn may be missing
+            names = [self.tokenizer.eos_token]
+        return tuple(dict.fromkeys(int(self.tokenizer.convert_tokens_to_ids(name)) for name in names))
 
     # ------------------------------------------------------------------------------------------- text
 
@@ -222,7 +225,7 @@ class Renderer:
     ) -> list[list[tuple[int, int]]]:
         """For each message, where the pieces of its text lie in `text`, in order of position."""
         nonce = next(name for n in range(10**6) if (name := f"qxz{n}zxq") not in text)
-        stop, count = self.stop_token, 0
+        count = 0
 
         def wrap(value: object) -> object:
             """`value` with sentinels inside its outer whitespace, so that templates that trim still do."""
@@ -233,7 +236,7 @@ class Renderer:
                 count += 1
                 return f"{value[:at]}{nonce}{number}a{core}{nonce}{number}b{value[end:]}"
             if isinstance(value, Mapping):
-                return {wrap(k) if stop in k else k: wrap(item) for k, item in value.items()}
+                return {wrap(k) if self.stop_token in k else k: wrap(item) for k, item in value.items()}
             if isinstance(value, list | tuple):
                 return [wrap(item) for item in value]
             return value
@@ -388,7 +391,7 @@ def _with_name(tool: Mapping[str, object], wrap: Callable[[object], object]) -> 
 
 
 def _checked(weight: float, where: str) -> float:
-    if not 0 <= weight <= np.finfo(np.float32).max:
+    if not 0 <= weight <= float(np.finfo(np.float32).max):
         raise SFTError(f"weight {weight} is not a finite number of at least 0", where=where)
     return float(np.float32(weight))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,35 +37,54 @@ _SHARED = "LIGHTNING_SFT_RUN_FOLDER"  # how the first process tells those that L
 def claim(requested: str | None, name: str, *, resuming: bool) -> Path:
     """The folder of this run: the requested one, or the next free `runs/<name>-<n>`, created here.
 
+    Metrics of a run that is continued there are kept as `metrics-<n>.csv`: the logger starts its file anew.
+
     Args:
         requested: `trainer.default_root_dir`.
         name: The config's name.
         resuming: A checkpoint is given, so the folder may hold the run that it continues.
 
     Raises:
-        SFTError: The requested folder already holds a run, and this one doesn't continue it.
+        SFTError: The requested folder already holds a run, and this one doesn't continue it; or no folder can
+            be made there.
     """
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         return Path(os.environ.get(_SHARED) or requested or Path("runs") / name)
-    if requested is not None:
-        folder = Path(requested)
-        if (folder / CONFIG).exists() and not resuming:
-            raise SFTError(
-                f"the folder already holds a run ({CONFIG})",
-                where=f"trainer.default_root_dir: {requested}",
-                fix="choose another folder, leave it out, or continue that run with --ckpt_path",
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
-        folder = _next_free(name)
+    folder = None if requested is None else Path(requested)
+    if folder is not None and (folder / CONFIG).exists() and not resuming:
+        raise SFTError(
+            f"the folder already holds a run ({CONFIG})",
+            where=f"trainer.default_root_dir: {requested}",
+            fix="choose another folder, leave it out, or continue that run with --ckpt_path",
+        )
+    try:
+        if folder is None:
+            folder = _next_free(name)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = f"trainer.default_root_dir: {requested}" if requested is not None else str(Path.cwd())
+        raise SFTError(
+            f"the run folder can't be made: {error.strerror}", where=where, fix="choose another folder"
+        ) from error
     os.environ[_SHARED] = str(folder)
+    if (folder / METRICS).exists():
+        (folder / METRICS).rename(folder / f"metrics-{len(_earlier_metrics(folder)) + 1}.csv")
     return folder
 
 
 def release(folder: Path) -> None:
-    """Remove the folder again if the run wrote nothing into it."""
+    """Undo what `claim` did if the run wrote nothing."""
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        return
+    if not (folder / METRICS).exists() and (earlier := _earlier_metrics(folder)):
+        earlier[-1].rename(folder / METRICS)
     with suppress(OSError):
         folder.rmdir()
+
+
+def _earlier_metrics(folder: Path) -> list[Path]:
+    return sorted(folder.glob("metrics-*.csv"), key=lambda path: (len(path.name), path.name))
 
 
 def _next_free(name: str) -> Path:
@@ -115,12 +135,23 @@ class RunFolder(Callback):
 
     def __init__(self, config: str) -> None:
         self.config = config
+        self.started = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Agree on the folder over all ranks, then write what is known before training."""
-        if stage != "fit":
-            return
-        trainer._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)
+        """Agree on the folder over all ranks."""
+        trainer._default_root_dir = trainer.strategy.broadcast(  # type: ignore[attr-defined]
+            trainer.default_root_dir
+        )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log each step of a run with only a few."""
+        steps: int = trainer.datamodule.total_steps()  # type: ignore[attr-defined]
+        if 0 < steps < trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            trainer.log_every_n_steps = 1  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what is known before training; not sooner, so that a refused run leaves nothing behind."""
+        self.started = True
         self._write_inputs(trainer)
 
     @rank_zero_only
@@ -130,19 +161,13 @@ class RunFolder(Callback):
         (folder / CONFIG).write_text(self.config, encoding="utf-8")
         ledger = json.dumps(trainer.datamodule.ledger, indent=2, ensure_ascii=False)  # type: ignore[attr-defined]
         (folder / LEDGER).write_text(ledger + "\n", encoding="utf-8")
-        _keep_earlier_metrics(folder)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Export what was trained."""
+        """Export what was trained; `model/` is there only when it is whole."""
         if trainer.is_global_zero:
-            pl_module.export(Path(trainer.default_root_dir) / MODEL)
-
-
-def _keep_earlier_metrics(folder: Path) -> None:
-    """Lightning's CSV logger starts its file anew: move that of the run that is continued aside."""
-    metrics = folder / METRICS
-    if metrics.exists():
-        number = 1
-        while (aside := folder / f"metrics-{number}.csv").exists():
-            number += 1
-        metrics.rename(aside)
+            folder = Path(trainer.default_root_dir)
+            partial = folder / f"{MODEL}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            pl_module.export(partial)
+            shutil.rmtree(folder / MODEL, ignore_errors=True)
+            partial.rename(folder / MODEL)

@@ -1,7 +1,7 @@
 """Chat templates in the styles of well-known families, and small tokenizers that have their tokens.
 
-`law` is the loss mask's definition, computed without the renderer: transformers renders the history with the
-generation prompt, and the conversation through the turn; what lies between is trained, through the stop token.
+`law` is the loss mask's definition, computed without the renderer: transformers renders the history with
+the generation prompt, and the conversation through the turn; what lies between is trained.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 
-from lightning_sft import Conversation, Example, chat_templates
+from lightning_sft import Conversation, Message, Meta, Renderer
+from lightning_sft.example import Example
 
 BOS, EOS = "<s>", "</s>"
+
+META = Meta("rows.json", 7)
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Family:
         markers: Further texts of the template, for conversations that imitate it.
         added: Tokens that the tokenizer needs beyond BOS and EOS.
         rstrip: Whether the added tokens swallow the whitespace after them.
-        can: Which of "system", "tools", "reasoning" and "any order" (of roles) the template renders.
+        can: Which of "tools", "reasoning", "any order" (of roles) and "no history" the template renders.
     """
 
     template: str
@@ -35,12 +38,7 @@ class Family:
     markers: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
     rstrip: bool = False
-    can: frozenset[str] = frozenset({"system", "any order"})
-
-    @property
-    def jinja(self) -> str:
-        """The template's text."""
-        return chat_templates.resolve(self.template, None) if self.template.isalpha() else self.template
+    can: frozenset[str] = frozenset({"any order", "no history"})
 
 
 CHATML = """\
@@ -57,7 +55,7 @@ LLAMA3 = """\
 MISTRAL = """\
 {{- bos_token }}
 {%- set system = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' %}
-{%- for m in messages[1:] if system else messages %}
+{%- for m in (messages[1:] if system else messages) %}
     {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}
         {{- raise_exception('user and assistant must take turns') }}
     {%- endif %}
@@ -68,7 +66,7 @@ MISTRAL = """\
 GEMMA = """\
 {{- bos_token }}
 {%- set system = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' %}
-{%- for m in messages[1:] if system else messages %}
+{%- for m in (messages[1:] if system else messages) %}
     {{- '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' }}
     {{- (system if loop.first else '') + m.content | trim + '<end_of_turn>\\n' }}
 {%- endfor %}
@@ -120,7 +118,8 @@ QWEN = """\
     {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
 {%- endif %}
 {%- for m in messages %}
-    {%- if m.role == 'user' %}{{ '<|im_start|>user\\n' + m.content + '<|im_end|>\\n' }}
+    {%- if m.role == 'user' or m.role == 'system' and not loop.first %}
+        {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
     {%- elif m.role == 'assistant' %}
         {{- '<|im_start|>assistant\\n' }}
         {%- if m.reasoning_content %}
@@ -141,22 +140,26 @@ QWEN = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-_IM = ("<|im_start|>", "<|im_end|>")
+IM = ("<|im_start|>", "<|im_end|>")
 _PHI = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-_ALL = frozenset({"system", "tools", "reasoning", "any order"})
-_TURNS = frozenset({"system"})
+_ALL = frozenset({"tools", "reasoning", "any order", "no history"})
+_HISTORY = frozenset({"any order"})
 
 FAMILIES = {
-    "chatml": Family(CHATML, "<|im_end|>", ("<|im_start|>assistant\n",), _IM),
+    "chatml": Family(CHATML, "<|im_end|>", ("<|im_start|>assistant\n",), IM),
     "llama3": Family(
         LLAMA3,
         "<|eot_id|>",
         ("<|start_header_id|>assistant<|end_header_id|>\n\n",),
         ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     ),
-    "mistral": Family(MISTRAL, markers=("[INST] ", " [/INST]"), can=_TURNS),
+    "mistral": Family(MISTRAL, markers=("[INST] ", " [/INST]"), can=frozenset()),
     "gemma": Family(
-        GEMMA, "<end_of_turn>", ("<start_of_turn>model\n",), ("<start_of_turn>", "<end_of_turn>")
+        GEMMA,
+        "<end_of_turn>",
+        ("<start_of_turn>model\n",),
+        ("<start_of_turn>", "<end_of_turn>"),
+        can=_HISTORY,
     ),
     "phi3": Family(PHI3, "<|end|>", ("<|assistant|>\n", EOS), _PHI, rstrip=True),
     "zephyr": Family(ZEPHYR, markers=("<|assistant|>\n",)),
@@ -169,31 +172,47 @@ FAMILIES = {
         QWEN,
         "<|im_end|>",
         ("<|im_start|>assistant\n", "<think>\n", "</tool_call>"),
-        (*_IM, "<think>", "</think>", "<tool_call>", "</tool_call>"),
+        (*IM, "<think>", "</think>", "<tool_call>", "</tool_call>"),
         can=_ALL,
     ),
     "shipped plain": Family("plain", markers=("### Assistant:\n", "<think>\n"), can=_ALL),
-    "shipped alpaca": Family("alpaca", markers=("### Response:\n",), can=_TURNS),
-    "shipped chatml": Family("chatml", "<|im_end|>", ("<|im_start|>assistant\n",), _IM),
+    "shipped alpaca": Family("alpaca", markers=("### Response:\n",), can=_HISTORY),
+    "shipped chatml": Family("chatml", "<|im_end|>", ("<|im_start|>assistant\n",), IM),
 }
 
 TOKENIZERS = ("bytes", "trimmed", "pieces")
 """Byte-level BPE; the same with offsets that leave out spaces (Llama 3's); SentencePiece-like BPE."""
 
-_TEXT = ["the user asks and the assistant answers: hello there, how are you? I am fine, thank you."] * 4
+_TEXT = "the user asks and the assistant answers: hello there, how are you? I am fine, thank you."
 
 
 @cache
-def build_tokenizer(kind: str, added: tuple[str, ...] = (), rstrip: bool = False):
+def build_tokenizer(
+    kind: str, added: tuple[str, ...] = (), *, rstrip: bool = False, lstrip: bool = False, text: str = _TEXT
+):
     """A small tokenizer with BOS, EOS (which is also the padding) and these added tokens, not all special."""
     import transformers
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     if kind == "pieces":
         raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
         raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         raw.normalizer = normalizers.Sequence([])
-        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        steps = [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
         raw.decoder = decoders.Sequence(steps)
         alphabet, special = [], ["<unk>", BOS, EOS, *(f"<0x{byte:02X}>" for byte in range(256))]
     else:
@@ -206,7 +225,7 @@ def build_tokenizer(kind: str, added: tuple[str, ...] = (), rstrip: bool = False
     trainer = trainers.BpeTrainer(
         vocab_size=360, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    raw.train_from_iterator(_TEXT, trainer)
+    raw.train_from_iterator([text] * 4, trainer)
     if kind == "pieces":  # the byte tokens are ordinary ones, not to be found in a text
         import json
 
@@ -216,9 +235,35 @@ def build_tokenizer(kind: str, added: tuple[str, ...] = (), rstrip: bool = False
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token=BOS, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False
     )
-    tokens = [AddedToken(t, rstrip=rstrip, normalized=False, special=n % 2 == 0) for n, t in enumerate(added)]
-    tokenizer.add_tokens(tokens)
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, rstrip=rstrip, lstrip=lstrip, normalized=False, special=number % 2 == 0)
+            for number, token in enumerate(added)
+        ]
+    )
     return tokenizer
+
+
+def make_renderer(tokenizer, template: str) -> Renderer:
+    """A renderer for this template's text (or the name of a shipped one)."""
+    if template.isalpha():
+        return Renderer(tokenizer, template)
+    tokenizer.chat_template = template
+    return Renderer(tokenizer)
+
+
+def chatml(template: str = CHATML, kind: str = "bytes") -> Renderer:
+    """A renderer for a template with ChatML's tokens."""
+    return make_renderer(build_tokenizer(kind, IM), template)
+
+
+def conversation(*messages, tools=()) -> Conversation:
+    """Messages given as (role, content) or (role, content, weight), or as they are."""
+    made = [m if isinstance(m, Message) else Message(m[0], m[1], weight=(*m, None)[2]) for m in messages]
+    return Conversation(tuple(made), tuple(tools), META)
+
+
+PAIR = conversation(("user", "hi"), ("assistant", "hello"))
 
 
 def as_dicts(conversation: Conversation) -> list[dict]:
@@ -227,7 +272,9 @@ def as_dicts(conversation: Conversation) -> list[dict]:
     for m in conversation.messages:
         message = {"role": m.role, "content": m.content, "reasoning_content": m.reasoning, "name": m.name}
         message["tool_call_id"] = m.tool_call_id
-        calls = [{"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in m.tool_calls]
+        calls = [
+            {"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in m.tool_calls
+        ]
         messages.append({k: v for k, v in {**message, "tool_calls": calls or None}.items() if v is not None})
     return messages
 

@@ -44,7 +44,14 @@ def resolve(choice: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
         return (Path(__file__).parent / f"{choice}.jinja").read_text(encoding="utf-8")
     path = Path(choice)
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SFTError(
+                f"the chat template can't be read: {error}",
+                where=f"model.chat_template: {choice}",
+                fix="give a Jinja file in UTF-8",
+            ) from error
     close = get_close_matches(choice, names(), n=1)
     raise SFTError(
         f"chat template {choice!r} is neither a file nor one of {', '.join(names())}",

@@ -22,15 +22,15 @@ from lightning_sft.example import Example
 if TYPE_CHECKING:
     from lightning_sft.training.module import SFTModule
 
-Sources = str | list[Source]
-"""A path by itself, or a list of sources."""
+Sources = str | list[str | Source]
+"""A path by itself, or a list of paths and sources."""
 
 
 class SFTDataModule(LightningDataModule):
     """Reads conversations, renders them with the model's tokenizer, and serves them in planned batches.
 
     Args:
-        train: Training data: a path, or a list of sources (path, format, …).
+        train: Training data: a path, or a list of paths and sources (path, format, …).
         val: Validation data, likewise.
         test: Test data, likewise.
         val_split: Take validation data from the training data instead: a fraction (0.05) or a number of rows.
@@ -64,6 +64,9 @@ class SFTDataModule(LightningDataModule):
         super().__init__()
         if val is not None and val_split is not None:
             raise SFTError("data.val and data.val_split are both given", where="data", fix="give one of them")
+        _at_least("batch_size", batch_size, 1)
+        _at_least("val_batch_size", val_batch_size, 1)
+        _at_least("num_workers", num_workers, 0)
         self.sources = {"train": _sources(train), "val": _sources(val), "test": _sources(test)}
         self.val_split = val_split
         self.split_seed = split_seed
@@ -268,10 +271,16 @@ class _PlanSampler(DistributedSampler[MicroBatch]):
         return self.plan_of(self.epoch).available
 
 
+def _at_least(option: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise SFTError(f"{option} is {value}", where=f"data.{option}", fix=f"give at least {least}")
+
+
 def _sources(given: Sources | None) -> list[Source]:
     if given is None:
         return []
-    return [Source(path=given)] if isinstance(given, str) else list(given)
+    listed = [given] if isinstance(given, str) else given
+    return [Source(path=each) if isinstance(each, str) else each for each in listed]
 
 
 def _as_it_is(batch: Batch) -> Batch:

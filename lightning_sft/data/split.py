@@ -59,7 +59,7 @@ def split_indices(keys: Sequence[str], *, validation: float | int, seed: int) ->
     if len(groups) < 2:
         raise SFTError(
             "all rows have the same prompt, so none can be held out without leaking",
-            where="validation",
+            where="data.val_split",
             fix="give validation data of its own, or more rows",
         )
     order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())
@@ -87,14 +87,14 @@ def _target(rows: int, validation: float | int) -> int:
     else:
         raise SFTError(
             f"{validation!r} is neither a fraction between 0 and 1 nor a number of rows",
-            where="validation",
+            where="data.val_split",
             fix="write 0.1 for a tenth of the rows or 100 for a hundred rows",
         )
     if not 0 < target < rows:
         side = "training" if target else "validation"
         raise SFTError(
             f"{validation!r} of {rows} rows leaves none for {side}",
-            where="validation",
+            where="data.val_split",
             fix="ask for another size, or give more rows",
         )
     return target

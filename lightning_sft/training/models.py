@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_sft.errors import SFTError
 
@@ -103,13 +105,58 @@ def load_trained(folder: Path, *, dtype: torch.dtype | None = None) -> PreTraine
     """
     if not is_adapter(folder):
         return load_model(str(folder), dtype=dtype, key="source").eval()
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not any(folder.glob("adapter_model.*")):
+        raise SFTError(
+            "the adapter has no weights (no adapter_model.safetensors)",
+            where=f"source: {folder}",
+            fix=_DAMAGED,
+        )
+    model = load_model(base_of(folder), dtype=dtype, key=f"the base of {folder}")
+    with _loading("adapter", str(folder), "source"):
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def base_of(folder: Path) -> str:
+    """The folder or Hub id of the base that an adapter belongs to.
+
+    Raises:
+        SFTError: The adapter doesn't say.
+    """
+    from peft import PeftConfig
+
+    with _loading("adapter's configuration", str(folder), "source"):
+        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if base is None:
         raise SFTError("the adapter doesn't say which base it belongs to", where=str(folder / ADAPTER_CONFIG))
-    model = load_model(base, dtype=dtype, key=f"the base of {folder}")
-    return PeftModel.from_pretrained(model, str(folder)).eval()
+    return str(base)
+
+
+def load_checkpoint(path: Path, *, weights_only: bool = True) -> dict[str, Any]:
+    """A checkpoint of a run, mapped to memory, not read.
+
+    Raises:
+        SFTError: It is no checkpoint, damaged, or holds Python objects and `weights_only` is set.
+    """
+    import torch
+
+    where, fix = f"checkpoint {path}", "give another; runs keep theirs in checkpoints/"
+    if not zipfile.is_zipfile(path):
+        raise SFTError("this is no checkpoint, or a damaged one", where=where, fix=fix)
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        raise SFTError(
+            "the checkpoint holds Python objects, which could run code when they are loaded",
+            where=where,
+            fix="only if you trust its origin, let `fit` load it with --weights_only false",
+        ) from error
+    except RuntimeError as error:
+        raise SFTError(f"the checkpoint can't be read: {error}", where=where, fix=fix) from error
+    if not isinstance(saved, dict) or not {"state_dict", "loops"} <= saved.keys():
+        raise SFTError("this is no checkpoint of a run", where=where, fix=fix)
+    return saved
 
 
 def is_adapter(folder: Path) -> bool:
@@ -130,6 +177,9 @@ def context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase)
     return min(lengths, default=None)
 
 
+_DAMAGED = "check that the folder is complete and undamaged; else copy or download it again"
+
+
 def absolute(name: str) -> str:
     """`name` as an absolute path if it is a local folder, so that exports can be loaded from anywhere."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
@@ -147,20 +197,34 @@ def _check_name(name: str, key: str) -> None:
 @contextmanager
 def _loading(what: str, name: str, key: str) -> Iterator[None]:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from safetensors import SafetensorError
 
     where = f"{key}: {name}"
     local = Path(name).is_dir()
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, HfHubHTTPError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+        HfHubHTTPError,
+    ) as error:
         chain: list[BaseException] = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
             chain.append(cause)
         first_line = next(
             (line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__
         )
+        if "ignore_mismatched_sizes" in first_line:
+            first_line = "its weights have other shapes than its configuration says (listed above)"
+        if "out of memory" in first_line:
+            fix = "use a smaller or quantized model, or free the device"
+            raise SFTError(f"the {what} can't be loaded: {first_line}", where=where, fix=fix) from error
         if local:
-            raise SFTError(f"the {what} can't be loaded: {first_line}", where=where) from error
+            raise SFTError(f"the {what} can't be loaded: {first_line}", where=where, fix=_DAMAGED) from error
         if any(isinstance(link, GatedRepoError) for link in chain):
             problem, fix = (
                 "the repository is gated",

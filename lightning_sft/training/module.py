@@ -70,7 +70,7 @@ class SFTModule(LightningModule):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         schedule: schedules.Schedule = "cosine",
-        warmup: float | int = 0.03,
+        warmup: float = 0.03,
         final_learning_rate: float = 0.0,
     ) -> None:
         super().__init__()
@@ -88,6 +88,7 @@ class SFTModule(LightningModule):
         self.schedule: schedules.Schedule = schedule
         self.warmup = warmup
         self.final_learning_rate = final_learning_rate
+        _check_options(self)
         self.model: PreTrainedModel | None = None
         self.strict_loading = False  # checkpoints hold only what is trained
         self.metrics = nn.ModuleDict(
@@ -185,6 +186,11 @@ class SFTModule(LightningModule):
         generation = causal_lm(self._loaded).generation_config
         generation.eos_token_id = list(self.renderer.stop_token_ids)
         generation.pad_token_id = self.tokenizer.pad_token_id
+        try:
+            generation.validate(strict=True)
+        except ValueError:
+            # Llama 2, for one, ships a temperature without do_sample; transformers loads that, and won't save it.
+            generation.do_sample = True
         self.tokenizer.chat_template = self.renderer.chat_template
         with stock_attention(self._loaded):
             self.adapter.export(self._loaded, folder)
@@ -311,11 +317,23 @@ class SFTModule(LightningModule):
         Raises:
             SFTError: With the first few names that are missing or too many.
         """
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        if different := sorted(trained.symmetric_difference(checkpoint["state_dict"])):
+        trained = {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad}
+        saved = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+        if different := sorted({name for name, _ in trained.items() ^ saved.items()}):
             raise SFTError(
-                f"the checkpoint holds other parameters than this run trains ({len(different)} differ, the first: "
-                f"{', '.join(different[:3])})",
+                f"the checkpoint holds other parameters than this run trains ({len(different)} differ in name or "
+                f"shape, the first: {', '.join(different[:3])})",
                 where="--ckpt_path",
                 fix="use the model and adapter options of the run that wrote it (its config.yaml)",
             )
+
+
+def _check_options(module: SFTModule) -> None:
+    """Refuse what no run could be made of, before anything is loaded."""
+    schedules.warmup_steps(module.warmup, 1)
+    for option in ("learning_rate", "weight_decay", "final_learning_rate"):
+        value = getattr(module, option)
+        if not 0 <= value < float("inf"):
+            raise SFTError(f"{option} is {value}", where=f"model.{option}", fix="give a number of 0 or more")
+    if not all(0 <= beta < 1 for beta in module.betas):
+        raise SFTError(f"betas are {module.betas}", where="model.betas", fix="give numbers from 0 to below 1")

@@ -47,9 +47,12 @@ class Progress(RichProgressBar):
         """Advance the bar, or print a line at each logged step where output is no terminal."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch
-        logged = trainer.global_step % trainer.log_every_n_steps == 0
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        logged = every > 0 and trainer.global_step % every == 0
         if self._plain and logged and not accumulating and trainer.is_global_zero:
-            values = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, pl_module).items())
+            values = "  ".join(
+                f"{name} {value}" for name, value in self.get_metrics(trainer, pl_module).items()
+            )
             print(f"step {trainer.global_step}/{_total_steps(trainer) or '?'}  {values}", flush=True)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -57,7 +60,9 @@ class Progress(RichProgressBar):
         metrics: dict[str, Any] = {}
         for name, value in super().get_metrics(trainer, pl_module).items():
             if name != "v_num":
-                metrics[_SHORT.get(name, name)] = f"{value:,.0f}" if name.endswith("second") else f"{value:.3f}"
+                metrics[_SHORT.get(name, name)] = (
+                    f"{value:,.0f}" if name.endswith("second") else f"{value:.3f}"
+                )
         done, total = trainer.global_step - self._first_step, _total_steps(trainer)
         if trainer.training and done > 0 and total:
             seconds = (time.monotonic() - self._started) / done * (total - trainer.global_step)
@@ -66,7 +71,7 @@ class Progress(RichProgressBar):
 
 
 def summary(trainer: Trainer, module: SFTModule) -> str:
-    """Model, data and batches of a run, in a few lines: what became of every row, and how many steps follow."""
+    """Model, data and batches of a run, in a few lines: what became of every row, how many steps follow."""
     data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
     parameters = [(p.numel(), p.requires_grad) for p in module.parameters()]
     size, trained = sum(n for n, _ in parameters), sum(n for n, trains in parameters if trains)
@@ -80,7 +85,8 @@ def summary(trainer: Trainer, module: SFTModule) -> str:
         tokens = sum(len(example) for example in prepared.examples)
         trained_tokens = sum(int((example.weights > 0).sum()) for example in prepared.examples)
         lines.append(
-            f"{part:8} {len(prepared.examples):,} examples, {tokens:,} tokens, {trained_tokens:,} of them trained"
+            f"{part:8} {len(prepared.examples):,} examples, {tokens:,} tokens, "
+            f"{trained_tokens:,} of them trained"
         )
         for ledger in prepared.ledgers:
             lines.append(f"         {ledger.source}: {ledger.rows:,} rows as {ledger.format}")
@@ -90,9 +96,12 @@ def summary(trainer: Trainer, module: SFTModule) -> str:
                     for reason, loss in account.items()
                 ]
     ranks = "1 rank" if trainer.world_size == 1 else f"{trainer.world_size} ranks"
-    steps = f"{plan.steps:,} steps an epoch" + (f", {total:,} in all" if (total := data.total_steps()) else "")
+    steps = f"{plan.steps:,} steps an epoch" + (
+        f", {total:,} in all" if (total := data.total_steps()) else ""
+    )
     lines.append(
-        f"batches  {data.batch_size} examples × {trainer.accumulate_grad_batches} accumulated × {ranks}, {rows}; {steps}"
+        f"batches  {data.batch_size} examples × {trainer.accumulate_grad_batches} accumulated × {ranks}, "
+        f"{rows}; {steps}"
     )
     return "\n".join(lines)
 

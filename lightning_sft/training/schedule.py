@@ -10,20 +10,19 @@ from lightning_sft.errors import SFTError
 Schedule = Literal["cosine", "linear", "constant"]
 
 
-def warmup_steps(warmup: float | int, total_steps: int) -> int:
-    """Steps of warmup: a fraction of all steps (float below 1) or a number of steps (int).
+def warmup_steps(warmup: float, total_steps: int) -> int:
+    """Steps of warmup: below 1 a fraction of all steps, from 1 on a whole number of steps.
 
     Raises:
-        SFTError: It is negative, or a fraction above 1.
+        SFTError: It is negative, or above 1 and not whole.
     """
-    if warmup < 0 or (isinstance(warmup, float) and warmup > 1):
+    if not (warmup >= 0) or (warmup > 1 and warmup != int(warmup)):
         raise SFTError(
             f"warmup is {warmup}",
             where="model.warmup",
             fix="give a fraction of all steps (0.03) or a whole number of steps (100)",
         )
-    # 0.07 · 100 is 7.000000000000001, which is 7 steps
-    return warmup if isinstance(warmup, int) else math.ceil(round(warmup * total_steps, 6))
+    return int(warmup) if warmup >= 1 else math.ceil(warmup * total_steps)
 
 
 def factor(step: int, *, schedule: Schedule, total_steps: int, warmup: int, final: float) -> float:

@@ -115,7 +115,8 @@ def fit(config: Path, ranks: int) -> None:
 def fit_in_processes(config: Path, ranks: int) -> None:
     command = [sys.executable, "-m", "lightning_sft", "fit", "--config", str(config)]
     command += ["--trainer.strategy", "ddp", "--trainer.devices", str(ranks)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, cwd=config.parent, capture_output=True, text=True, timeout=300, check=False
     )

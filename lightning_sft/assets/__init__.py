@@ -1,0 +1,1 @@
+"""The embedded tiny base model, its data, and the seeded scripts that made them."""

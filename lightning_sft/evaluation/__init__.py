@@ -1,0 +1,1 @@
+"""Asking a model: log-likelihoods of given text, and generated answers."""
