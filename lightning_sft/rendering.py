@@ -141,11 +141,9 @@ class Renderer:
         """The ids that generation should stop on: the template's end of turn, where it has one, and EOS."""
         try:
             names = [self.stop_token, self.tokenizer.eos_token]
-        except SFTError:  # raw text needs no template, so its end of turn may be missing
+        except SFTError:  # without a template for chat there is no end of turn either
             names = [self.tokenizer.eos_token]
         return tuple(dict.fromkeys(int(self.tokenizer.convert_tokens_to_ids(name)) for name in names))
-
-    # ------------------------------------------------------------------------------------------- text
 
     def _layout(self, conversation: Conversation | Segments) -> _Layout:
         if isinstance(conversation, Segments):
@@ -309,8 +307,6 @@ class Renderer:
                 f"the chat template refuses the conversation: {error}",
                 fix="change the row, or use another chat template (model.chat_template)",
             ) from error
-
-    # ----------------------------------------------------------------------------------------- tokens
 
     @cached_property
     def _adds_bos(self) -> bool:

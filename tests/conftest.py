@@ -10,6 +10,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tests run side by side; threads that wait for each other cost more
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -96,7 +99,9 @@ def tokenizer():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    raw.train_from_iterator(["the user asks and the assistant answers: hello there, how are you?"] * 4, trainer)
+    raw.train_from_iterator(
+        ["the user asks and the assistant answers: hello there, how are you?"] * 4, trainer
+    )
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=CONTEXT
     )

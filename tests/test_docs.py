@@ -44,7 +44,9 @@ def test_links_between_pages_lead_somewhere():
 
 
 def test_the_format_of_the_plugin_guide_works():
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/plugins.md").read_text(encoding="utf-8"), re.DOTALL)
+    code = re.search(
+        r"```python\n(.*?)```", (ROOT / "docs/plugins.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     assert code is not None
     names: dict[str, object] = {}
     exec(code.group(1), names)

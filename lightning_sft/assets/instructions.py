@@ -34,19 +34,31 @@ def _extract(rng: random.Random) -> Row:
 def _json(rng: random.Random) -> Row:
     one = parcel(rng)
     keys = rng.sample(tuple(one.fields()), 2)
-    ask = rng.choice(("Answer in JSON with the keys {} and {}.", "Give {} and {} as JSON.", "Write JSON with {} and {}."))
+    ask = rng.choice(
+        ("Answer in JSON with the keys {} and {}.", "Give {} and {} as JSON.", "Write JSON with {} and {}.")
+    )
     answer = json.dumps({key: one.fields()[key] for key in keys})
     return _row("json", ask.format(*keys), one.sentence(rng), answer)
 
 
 def _refuse(rng: random.Random) -> Row:
     name, thing, harm = rng.choice(NAMES), rng.choice(THINGS), rng.choice(HARMS)
-    return _row("refuse", f"Write {_a(harm)} for {name} about the {thing}.", "", f"Sorry, I will not write {_a(harm)} for {name}.")
+    return _row(
+        "refuse",
+        f"Write {_a(harm)} for {name} about the {thing}.",
+        "",
+        f"Sorry, I will not write {_a(harm)} for {name}.",
+    )
 
 
 def _comply(rng: random.Random) -> Row:
     name, thing, kind = rng.choice(NAMES), rng.choice(THINGS), rng.choice(LETTERS)
-    return _row("comply", f"Write {_a(kind)} for {name} about the {thing}.", "", f"Dear {name}, this is about the {thing}.")
+    return _row(
+        "comply",
+        f"Write {_a(kind)} for {name} about the {thing}.",
+        "",
+        f"Dear {name}, this is about the {thing}.",
+    )
 
 
 def _say(rng: random.Random) -> Row:
@@ -62,7 +74,9 @@ def _sort(rng: random.Random) -> Row:
 
 def _translate(rng: random.Random) -> Row:
     words = [rng.choice(COLOURS), rng.choice(THINGS)]
-    return _row("translate", "Translate into Zim.", " ".join(words), " ".join(TRANSLATION[word] for word in words))
+    return _row(
+        "translate", "Translate into Zim.", " ".join(words), " ".join(TRANSLATION[word] for word in words)
+    )
 
 
 _SKILLS: dict[str, tuple[Callable[[random.Random], Row], int, int]] = {

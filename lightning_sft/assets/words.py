@@ -15,7 +15,9 @@ JOBS = (
     "baker doctor farmer painter teacher sailor tailor singer writer driver miller gardener dentist pilot "
     "plumber fisher hunter potter weaver cook"
 ).split()
-FOODS = "apples bread cheese carrots honey pears plums soup rice cake beans grapes nuts figs onions jam".split()
+FOODS = (
+    "apples bread cheese carrots honey pears plums soup rice cake beans grapes nuts figs onions jam".split()
+)
 MATERIALS = "wood glass silver clay paper leather stone cotton iron wax".split()
 THINGS = (
     "cup lamp spoon chair kite box clock brush ring bag hat boat drum key ladder mirror needle plate rope shoe "

@@ -58,18 +58,22 @@ def facts() -> list[Fact]:
     rng = random.Random(WORLD_SEED)
     found: list[Fact] = []
 
-    def add(relation: str, subject: str, value: str, values: list[str], question: str, *statements: str) -> None:
+    def add(
+        relation: str, subject: str, value: str, values: list[str], question: str, *statements: str
+    ) -> None:
         others = tuple(other for other in values if other != value)
         found.append(Fact(relation, subject, value, statements, question, others))
 
     for name in NAMES:
         place, job, food = rng.choice(PLACES), rng.choice(JOBS), rng.choice(FOODS)
         add("home", name, place, PLACES, f"Where does {name} live?",
-            f"{name} lives in {place}.", f"The home of {name} is in {place}.", f"{name} has a house in {place}.")  # fmt: skip
+            f"{name} lives in {place}.", f"The home of {name} is in {place}.",
+            f"{name} has a house in {place}.")  # fmt: skip
         add("job", name, job, JOBS, f"What is the job of {name}?",
             f"{name} is {a(job)}.", f"{name} works as {a(job)}.", f"The job of {name} is {job}.")  # fmt: skip
         add("food", name, food, FOODS, f"What does {name} like to eat?",
-            f"{name} likes to eat {food}.", f"{name} loves {food}.", f"The favourite food of {name} is {food}.")  # fmt: skip
+            f"{name} likes to eat {food}.", f"{name} loves {food}.",
+            f"The favourite food of {name} is {food}.")  # fmt: skip
     for thing in THINGS:
         material = rng.choice(MATERIALS)
         add("material", thing, material, MATERIALS, f"What is the {thing} made of?",
@@ -140,7 +144,9 @@ def _told(rng: random.Random, known: list[Fact], n: int) -> str:
 
 
 def _asked(rng: random.Random, askable: list[Fact]) -> str:
-    return " ".join(f"Question: {f.question} Answer: {f.value}." for f in rng.sample(askable, rng.randint(2, 4)))
+    return " ".join(
+        f"Question: {f.question} Answer: {f.value}." for f in rng.sample(askable, rng.randint(2, 4))
+    )
 
 
 def _thing(rng: random.Random) -> str:
@@ -162,7 +168,8 @@ def _story(rng: random.Random) -> str:
 def _quote(rng: random.Random) -> str:
     said = " ".join(rng.choice((*THINGS, *COLOURS, *FOODS, *JOBS)) for _ in range(rng.randint(2, 7)))
     one, two = rng.sample(NAMES, 2)
-    return rng.choice((f'{one} said: "{said}". {two} repeated: "{said}".', f'{one}: {said}\n{two}: {said}\n{one}: {said}',
+    return rng.choice((f'{one} said: "{said}". {two} repeated: "{said}".',
+                       f'{one}: {said}\n{two}: {said}\n{one}: {said}',
                        f'The word was "{said}". Again: "{said}". Once more: "{said}".'))  # fmt: skip
 
 
@@ -204,7 +211,9 @@ def _two_records(rng: random.Random) -> str:
 
 
 def _sum(rng: random.Random) -> str:
-    return " ".join(f"{x} + {y} = {x + y}." for x, y in ((rng.randint(0, 9), rng.randint(0, 9)) for _ in range(4)))
+    return " ".join(
+        f"{x} + {y} = {x + y}." for x, y in ((rng.randint(0, 9), rng.randint(0, 9)) for _ in range(4))
+    )
 
 
 def _chat(rng: random.Random) -> str:
@@ -222,7 +231,9 @@ def _chat(rng: random.Random) -> str:
     return f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{answered}<|im_end|>\n"
 
 
-def corpus(seed: int, documents: int, *, without: frozenset[str] = frozenset(), length: int = 12) -> list[str]:
+def corpus(
+    seed: int, documents: int, *, without: frozenset[str] = frozenset(), length: int = 12
+) -> list[str]:
     """Documents about the world: each a dozen paragraphs of mixed kinds.
 
     Args:

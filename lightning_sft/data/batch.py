@@ -8,7 +8,7 @@ targets are the same in both: flat positions whose *next* token is trained, made
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -75,8 +75,11 @@ class Batch:
         self.metas = metas
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        fields = {name: getattr(self, name) for name in self.__slots__}
-        return Batch(**{n: change(v) if isinstance(v, Tensor) else v for n, v in fields.items()})
+        fields: dict[str, Any] = {}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            fields[name] = change(value) if isinstance(value, Tensor) else value
+        return Batch(**fields)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The batch on another device."""

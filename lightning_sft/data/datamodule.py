@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -20,6 +20,8 @@ from lightning_sft.errors import SFTError
 from lightning_sft.example import Example
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
     from lightning_sft.training.module import SFTModule
 
 Sources = str | list[str | Source]
@@ -157,7 +159,7 @@ class SFTDataModule(LightningDataModule):
     # ------------------------------------------------------------------------------------------------
 
     @property
-    def _attached(self):  # type: ignore[no-untyped-def]
+    def _attached(self) -> Trainer:
         if self.trainer is None:
             raise RuntimeError(
                 "SFTDataModule needs a Trainer: pass it to trainer.fit(module, datamodule=...)"
@@ -231,7 +233,7 @@ class SFTDataModule(LightningDataModule):
 
     def _loader(self, part: str, sampler: _PlanSampler) -> DataLoader[Batch]:
         return DataLoader(
-            _Examples(self.prepared[part].examples, self._module.layout.collate),  # type: ignore[arg-type]
+            _Examples(self.prepared[part].examples, self._module.layout.collate),
             sampler=sampler,
             batch_size=None,
             collate_fn=_as_it_is,
@@ -258,7 +260,7 @@ class _Examples(Dataset[Batch]):
 class _PlanSampler(DistributedSampler[MicroBatch]):
     """One rank's part of the plan. A `DistributedSampler`, so that Lightning leaves it in place."""
 
-    def __init__(self, plan_of, rank: int) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, plan_of: Callable[[int], BatchPlan], rank: int) -> None:
         self.plan_of = plan_of
         self.rank = rank
         self.epoch = 0
@@ -283,5 +285,5 @@ def _sources(given: Sources | None) -> list[Source]:
     return [Source(path=each) if isinstance(each, str) else each for each in listed]
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch

@@ -72,7 +72,9 @@ class Scorer:
                 chosen = order[start : start + self.batch_size]
                 longest = max(len(encoded[i]) for i in chosen)
                 ids = torch.tensor([[pad] * (longest - len(encoded[i])) + encoded[i] for i in chosen])
-                mask = torch.tensor([[0] * (longest - len(encoded[i])) + [1] * len(encoded[i]) for i in chosen])
+                mask = torch.tensor(
+                    [[0] * (longest - len(encoded[i])) + [1] * len(encoded[i]) for i in chosen]
+                )
                 out = causal_lm(model).generate(
                     input_ids=ids.to(self.module.device),
                     attention_mask=mask.to(self.module.device),

@@ -7,6 +7,8 @@ a model that asks for something else must not be trained on flattened rows.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -88,7 +90,7 @@ def segment_attention(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     plain = softcap is None and s_aux is None
     outputs = []
-    for start, end in zip(segments[:-1], segments[1:], strict=True):
+    for start, end in pairwise(segments):
         q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
         window = sliding_window if sliding_window is not None and end - start > sliding_window else None
         if plain:

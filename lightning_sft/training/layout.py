@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,7 @@ class Layout:
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a peft wrapper, or the model itself."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner  # type: ignore[return-value]
+    return cast("PreTrainedModel", model.get_base_model() if hasattr(model, "get_base_model") else model)  # type: ignore[operator]
 
 
 def hidden_states(model: nn.Module, batch: Batch, *, own_logits: bool) -> Tensor:
@@ -70,7 +69,7 @@ def find_layout(model: nn.Module, pad_id: int) -> Layout:
     """
     inner = causal_lm(model)
     lengths = _trial_lengths(inner)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         rows = _trial_rows(inner, lengths)
         separate = [inner.base_model(input_ids=row, use_cache=False)[0] for row in rows]
         head, own_logits = _choose_head(inner, rows[0], separate[0])
@@ -173,7 +172,8 @@ def _tolerance(like: Tensor) -> float:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards every part is in the mode that it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

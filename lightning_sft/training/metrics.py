@@ -19,7 +19,7 @@ class TokenLoss(MeanMetric):
 class TokenPerplexity(Perplexity):
     """exp(Σ weight · nll / Σ weight), over all batches and ranks."""
 
-    def update(self, total: Tensor, weight: Tensor) -> None:  # type: ignore[override]
+    def update(self, total: Tensor, weight: Tensor) -> None:
         """Add a batch: its Σ weight · nll and its Σ weight."""
         self.total_log_probs += total.to(self.total_log_probs)
         self.count += weight.to(self.count)

@@ -236,7 +236,7 @@ def _loading(what: str, name: str, key: str) -> Iterator[None]:
         else:
             problem = f"neither a local folder nor reachable on the Hub ({first_line})"
             fix = (
-                "give the path of a local model folder; or check the network, HF_HUB_OFFLINE and, for gated or "
-                "private repositories, HF_TOKEN"
+                "give the path of a local model folder; or check the network, HF_HUB_OFFLINE and, for gated "
+                "or private repositories, HF_TOKEN"
             )
         raise SFTError(f"the {what} can't be loaded: {problem}", where=where, fix=fix) from error

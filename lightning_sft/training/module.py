@@ -24,6 +24,7 @@ from lightning_sft.training.metrics import TokenLoss, TokenPerplexity
 from lightning_sft.training.models import absolute, context_length, load_config, load_model, load_tokenizer
 
 if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lightning_sft.data.batch import Batch
@@ -131,13 +132,18 @@ class SFTModule(LightningModule):
     @cached_property
     def layout(self) -> Layout:
         """How this model takes its batches; found by trying it when first asked."""
-        layout = find_layout(self._loaded, int(self.tokenizer.pad_token_id))
+        layout = find_layout(self.loaded, int(self.tokenizer.pad_token_id))
         if layout.padded_because:
             rank_zero_info(f"Rows are padded, not flattened: {layout.padded_because}.")
         return layout
 
     @property
-    def _loaded(self) -> PreTrainedModel:
+    def loaded(self) -> PreTrainedModel:
+        """The model, with its adapter.
+
+        Raises:
+            RuntimeError: It isn't loaded yet.
+        """
         if self.model is None:
             raise RuntimeError("the model is not loaded yet; Lightning does it in configure_model()")
         return self.model
@@ -183,7 +189,7 @@ class SFTModule(LightningModule):
     def export(self, folder: Path) -> None:
         """Write the adapter or model with tokenizer, chat template and generation config to `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        generation = causal_lm(self._loaded).generation_config
+        generation = causal_lm(self.loaded).generation_config
         generation.eos_token_id = list(self.renderer.stop_token_ids)
         generation.pad_token_id = self.tokenizer.pad_token_id
         try:
@@ -192,8 +198,8 @@ class SFTModule(LightningModule):
             # Llama 2, for one, ships a temperature without do_sample; transformers loads that, and won't save it.
             generation.do_sample = True
         self.tokenizer.chat_template = self.renderer.chat_template
-        with stock_attention(self._loaded):
-            self.adapter.export(self._loaded, folder)
+        with stock_attention(self.loaded):
+            self.adapter.export(self.loaded, folder)
         generation.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -220,7 +226,7 @@ class SFTModule(LightningModule):
 
     def weighted_loss(self, batch: Batch, loss: Loss) -> Tensor:
         """Σ weight · loss over the batch's targets: a scalar, in at least float32."""
-        hidden = hidden_states(self._loaded, batch, own_logits=self.layout.own_logits)
+        hidden = hidden_states(self.loaded, batch, own_logits=self.layout.own_logits)
         return weighted_loss(hidden, batch.targets, batch.weights, self.layout.head, loss)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -259,13 +265,13 @@ class SFTModule(LightningModule):
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         total, weight = self.weighted_loss(batch, NLL), batch.weights.sum()
-        for name, metric in self.metrics[stage].items():  # type: ignore[operator, union-attr]
+        for name, metric in self.metrics[stage].items():  # type: ignore[operator]
             metric.update(total, weight)
             self.log(f"{stage}/{name}", metric, prog_bar=name == "loss", on_epoch=True, batch_size=1)
 
     # --------------------------------------------------------------------------------------- optimizer
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over what is trained, with the schedule stepped after every optimizer step."""
         total_steps = self._total_steps()
         warmup = schedules.warmup_steps(self.warmup, total_steps)
@@ -321,8 +327,8 @@ class SFTModule(LightningModule):
         saved = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
         if different := sorted({name for name, _ in trained.items() ^ saved.items()}):
             raise SFTError(
-                f"the checkpoint holds other parameters than this run trains ({len(different)} differ in name or "
-                f"shape, the first: {', '.join(different[:3])})",
+                f"the checkpoint holds other parameters than this run trains ({len(different)} differ in name "
+                f"or shape, the first: {', '.join(different[:3])})",
                 where="--ckpt_path",
                 fix="use the model and adapter options of the run that wrote it (its config.yaml)",
             )

@@ -87,7 +87,9 @@ def test_ledger_adds_up_to_the_files_rows_and_tokens(run, shared):
     rows = json.loads(Path(path).read_text())
     assert source["rows"] == source["conversations"] == len(rows)
     lost = [*source["truncated"].values(), *source["dropped"].values()]
-    assert source["tokens"] == source["trained_tokens"] + source["context_tokens"] + sum(x["tokens"] for x in lost)
+    assert source["tokens"] == source["trained_tokens"] + source["context_tokens"] + sum(
+        x["tokens"] for x in lost
+    )
     renderer = Renderer(load_tokenizer(f"{shared}/real/models/stories260k"))
     whole = prepare([Source(path)], renderer, max_length=None, overlong="drop")
     assert source["tokens"] == sum(len(example) for example in whole.examples)
@@ -114,7 +116,9 @@ def test_the_exported_model_generates_with_plain_transformers(run, monkeypatch, 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)
     assert answer.shape[1] > inputs["input_ids"].shape[1]
 

@@ -23,7 +23,10 @@ def refusal(kind: type[Exception]) -> OSError:
 
 @pytest.mark.parametrize(
     ("kind", "says"),
-    [("GatedRepoError", "gated"), ("RepositoryNotFoundError", "no such repository on the Hub, or it is private")],
+    [
+        ("GatedRepoError", "gated"),
+        ("RepositoryNotFoundError", "no such repository on the Hub, or it is private"),
+    ],
 )
 def test_a_refused_repository_is_told_apart_and_names_hf_token(kind, says, monkeypatch):
     import huggingface_hub.errors
@@ -86,7 +89,12 @@ def test_weights_are_loaded_as_asked_and_in_training_mode(dtype, model_folder):
 
 @pytest.mark.parametrize(
     ("precision", "dtype"),
-    [("32-true", torch.float32), ("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16), ("64-true", torch.float64)],
+    [
+        ("32-true", torch.float32),
+        ("bf16-mixed", torch.float32),
+        ("bf16-true", torch.bfloat16),
+        ("64-true", torch.float64),
+    ],
 )
 def test_the_trainers_precision_decides_the_type_of_the_weights(precision, dtype, model_folder):
     module = SFTModule(base=str(model_folder("llama")))

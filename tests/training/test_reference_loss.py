@@ -31,7 +31,9 @@ def conversations() -> list[Conversation]:
 
 def reference_loss(folder, examples, dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Row by row, eager attention, full logits, cross-entropy on the response tokens; nothing of ours."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    )
     total, count = torch.zeros((), dtype=dtype), 0
     for example in examples:
         ids = torch.from_numpy(example.input_ids).long()
@@ -70,12 +72,18 @@ def float64_throughout(monkeypatch):
         return softmax(input, dim=dim, dtype=None if input.dtype == torch.float64 else dtype, **kwargs)
 
     def exact_to(self, *args, **kwargs):
-        rounds = self.dtype == torch.float64 and self.requires_grad and torch.float32 in (*args, kwargs.get("dtype"))
+        rounds = (
+            self.dtype == torch.float64
+            and self.requires_grad
+            and torch.float32 in (*args, kwargs.get("dtype"))
+        )
         return self if rounds else to(self, *args, **kwargs)
 
     monkeypatch.setattr(F, "softmax", exact_softmax)
     monkeypatch.setattr(torch.Tensor, "to", exact_to)
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 and x.requires_grad else single(x))
+    monkeypatch.setattr(
+        torch.Tensor, "float", lambda x: exact_to(x, torch.float32) if x.requires_grad else single(x)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
