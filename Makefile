@@ -20,10 +20,10 @@ $(STAMP): pyproject.toml entry_points.txt constraints.txt
 install: $(STAMP)  ## make .venv and install the package with everything that developing needs
 
 test: $(STAMP)  ## the test suite (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(STAMP)  ## fresh environments and several processes (under 45 minutes)
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

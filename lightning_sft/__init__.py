@@ -24,9 +24,12 @@ _HOME = {
     "SFTDataModule": "lightning_sft.data.datamodule",
     "SFTError": "lightning_sft.errors",
     "SFTModule": "lightning_sft.training.module",
+    "Scorer": "lightning_sft.evaluation.scorer",
     "Segments": "lightning_sft.conversation",
+    "Source": "lightning_sft.data.sources",
     "TokenBatch": "lightning_sft.bases",
     "ToolCall": "lightning_sft.conversation",
+    "read_rows": "lightning_sft.data.sources",
 }
 
 if TYPE_CHECKING:
@@ -34,7 +37,9 @@ if TYPE_CHECKING:
     from lightning_sft.conversation import Conversation, Message, Meta, Row, Segments, ToolCall
     from lightning_sft.data.datamodule import SFTDataModule
     from lightning_sft.data.plan import BatchPlan
+    from lightning_sft.data.sources import Source, read_rows
     from lightning_sft.errors import SFTError
+    from lightning_sft.evaluation.scorer import Scorer
     from lightning_sft.example import Example
     from lightning_sft.rendering import Renderer
     from lightning_sft.training.module import SFTModule
@@ -53,9 +58,12 @@ __all__ = [
     "SFTDataModule",
     "SFTError",
     "SFTModule",
+    "Scorer",
     "Segments",
+    "Source",
     "TokenBatch",
     "ToolCall",
+    "read_rows",
 ]
 
 

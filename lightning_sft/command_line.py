@@ -249,6 +249,7 @@ def quieten() -> None:
     for message in (
         ".*args parameter is intended to run from within Python.*",
         ".*does not have many workers.*",
+        ".*Total length of `list` across ranks is zero.*",
         "Total length of `list` across ranks is zero.*",
         ".*treespec, LeafSpec.*",
         ".*is_gradient_checkpointing.*deprecated.*",

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from lightning.pytorch import Callback
 
@@ -31,15 +30,6 @@ class StopAt(Callback):
     def on_train_batch_end(self, trainer, *args: object) -> None:
         if trainer.global_step == self.step:
             raise KeyboardInterrupt
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """More only get into each other's way with so small a model."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

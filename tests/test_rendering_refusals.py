@@ -94,7 +94,8 @@ def test_a_template_without_an_end_of_turn_token_is_refused():
     renderer = chatml("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}")
     assert "ends a turn with '\\n': no token that generation could stop on" in refusal(renderer, PAIR)
     with pytest.raises(SFTError, match="no token that generation could stop on"):
-        _ = renderer.stop_token_ids
+        _ = renderer.stop_token
+    assert renderer.stop_token_ids == (renderer.tokenizer.eos_token_id,), "raw text still ends with EOS"
 
 
 def test_whitespace_is_no_end_of_turn_token():

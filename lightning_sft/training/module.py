@@ -275,7 +275,8 @@ class SFTModule(LightningModule):
         """AdamW over what is trained, with the schedule stepped after every optimizer step."""
         total_steps = self._total_steps()
         warmup = schedules.warmup_steps(self.warmup, total_steps)
-        if total_steps <= 0 and self.schedule != "constant":
+        ends = self.trainer.max_steps >= 0 or (self.trainer.max_epochs or -1) >= 0
+        if not ends and self.schedule != "constant":
             raise SFTError(
                 f"the {self.schedule} schedule needs to know how many steps the run has",
                 where="trainer",

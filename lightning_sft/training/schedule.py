@@ -16,13 +16,14 @@ def warmup_steps(warmup: float, total_steps: int) -> int:
     Raises:
         SFTError: It is negative, or above 1 and not whole.
     """
-    if not (warmup >= 0) or (warmup > 1 and warmup != int(warmup)):
+    if not 0 <= warmup < math.inf or (warmup > 1 and warmup != int(warmup)):
         raise SFTError(
             f"warmup is {warmup}",
             where="model.warmup",
             fix="give a fraction of all steps (0.03) or a whole number of steps (100)",
         )
-    return int(warmup) if warmup >= 1 else math.ceil(warmup * total_steps)
+    # 0.07 · 100 is 7.000000000000001, which is 7 steps
+    return int(warmup) if warmup >= 1 else math.ceil(round(warmup * total_steps, 6))
 
 
 def factor(step: int, *, schedule: Schedule, total_steps: int, warmup: int, final: float) -> float:

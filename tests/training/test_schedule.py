@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -63,7 +64,8 @@ def test_a_constant_rate_needs_no_end():
         (0.025, 3),
         (0.001, 1),
         (0.0, 0),
-        (1.0, 100),
+        (1.0, 1),
+        (7.0, 7),
         (0.07, 7),
         (0.29, 29),
         (0, 0),
@@ -72,11 +74,11 @@ def test_a_constant_rate_needs_no_end():
         (500, 500),
     ],
 )
-def test_warmup_is_a_fraction_of_a_hundred_steps_rounded_up_or_a_number_of_steps(warmup, steps):
+def test_warmup_is_a_fraction_of_a_hundred_steps_rounded_up_or_from_one_on_a_number_of_steps(warmup, steps):
     assert warmup_steps(warmup, 100) == steps
 
 
-@pytest.mark.parametrize("warmup", [-1, -0.1, 1.5, 100.0])
+@pytest.mark.parametrize("warmup", [-1, -0.1, 1.5, 100.5, math.nan, math.inf])
 def test_a_warmup_that_is_neither_is_refused_by_name(warmup):
     with pytest.raises(SFTError, match=f"warmup is {warmup}") as caught:
         warmup_steps(warmup, 100)

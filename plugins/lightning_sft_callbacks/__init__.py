@@ -1,0 +1,1 @@
+"""First-party callbacks for lightning-sft."""
