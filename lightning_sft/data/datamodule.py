@@ -80,6 +80,7 @@ class SFTDataModule(LightningDataModule):
         self.num_workers = num_workers
         self._seed = seed
         self.prepared: dict[str, Prepared] = {}
+        self._last_plan: tuple[tuple[object, ...], BatchPlan] | None = None
 
     @property
     def seed(self) -> int:
@@ -124,15 +125,20 @@ class SFTDataModule(LightningDataModule):
     def plan(self, epoch: int) -> BatchPlan:
         """The training batches of an epoch, as the trainer at hand is configured."""
         trainer = self._attached
-        return BatchPlan(
-            self.prepared["train"].weight_sums,
-            batch_size=self.batch_size,
-            world_size=trainer.world_size,
-            accumulate=trainer.accumulate_grad_batches,
-            seed=self.seed,
-            epoch=epoch,
-            limit=trainer.limit_train_batches if trainer.limit_train_batches is not None else 1.0,
-        )
+        limit = trainer.limit_train_batches if trainer.limit_train_batches is not None else 1.0
+        key = (epoch, trainer.world_size, trainer.accumulate_grad_batches, limit)
+        if self._last_plan is None or self._last_plan[0] != key:
+            plan = BatchPlan(
+                self.prepared["train"].weight_sums,
+                batch_size=self.batch_size,
+                world_size=trainer.world_size,
+                accumulate=trainer.accumulate_grad_batches,
+                seed=self.seed,
+                epoch=epoch,
+                limit=limit,
+            )
+            self._last_plan = (key, plan)
+        return self._last_plan[1]
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; 0 if the trainer sets no end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import Literal
 
@@ -36,7 +37,7 @@ class Prepared:
     keys: list[str] = field(default_factory=list)
     ledgers: list[SourceLedger] = field(default_factory=list)
 
-    @property
+    @cached_property
     def weight_sums(self) -> list[float]:
         """Σ weights of every example."""
         return [float(example.weights.sum(dtype="float64")) for example in self.examples]

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from lightning_sft.assets import data_path
 from lightning_sft.bases import DataFormat
 from lightning_sft.conversation import Conversation, Meta, Row, Segments
 from lightning_sft.errors import SFTError
@@ -34,7 +35,7 @@ class Source:
 
     Args:
         path: A data file (.json, .jsonl, .csv, .tsv, .parquet, .txt; all but .parquet also as .gz), a folder
-            of them, or the id of a dataset on the Hugging Face Hub.
+            of them, the id of a dataset on the Hugging Face Hub, or embedded data (tiny:train).
         format: The rows' format; auto finds the one that fits the columns.
         subset: The configuration of a Hub dataset, where it has several.
         split: The split of a Hub dataset.
@@ -63,7 +64,7 @@ def read_rows(source: Source) -> Iterator[tuple[Meta, Row]]:
         raise SFTError(f"limit is {source.limit}", where=source.path, fix="give 1 or more, or leave it out")
     if not source.path.strip():
         raise SFTError("the path is empty", where="path", fix="give a data file, a folder or a Hub dataset")
-    path = Path(source.path).expanduser()
+    path = data_path(source.path) or Path(source.path).expanduser()
     return islice(_rows(source, path), source.limit)
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_sft import plugins
+from lightning_sft import assets, plugins
 from lightning_sft.bases import Adapter, Loss
 from lightning_sft.errors import SFTError
 from lightning_sft.rendering import Renderer
@@ -39,7 +39,7 @@ class SFTModule(LightningModule):
     micro-batch of its accumulation window, divided by Σ weight, which the batch plan knows beforehand.
 
     Args:
-        base: The pre-trained model: a local Hugging Face folder or a Hub id.
+        base: The pre-trained model: a local Hugging Face folder, a Hub id, or `tiny`, the embedded one.
         adapter: Which parameters are trained; every one by default (`Full`).
         loss: The loss per token; `CrossEntropy` by default.
         revision: Branch, tag or commit of the base on the Hub.
@@ -75,7 +75,7 @@ class SFTModule(LightningModule):
         final_learning_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.base = base
+        self.base = assets.model_path(base)
         self.adapter: Adapter = plugins.default("adapters")() if adapter is None else adapter
         self.loss: Loss = plugins.default("losses")() if loss is None else loss
         self.revision = revision
@@ -275,7 +275,8 @@ class SFTModule(LightningModule):
         """AdamW over what is trained, with the schedule stepped after every optimizer step."""
         total_steps = self._total_steps()
         warmup = schedules.warmup_steps(self.warmup, total_steps)
-        ends = self.trainer.max_steps >= 0 or (self.trainer.max_epochs or -1) >= 0
+        epochs = self.trainer.max_epochs
+        ends = self.trainer.max_steps >= 0 or (epochs is not None and epochs >= 0)
         if not ends and self.schedule != "constant":
             raise SFTError(
                 f"the {self.schedule} schedule needs to know how many steps the run has",

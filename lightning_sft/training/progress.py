@@ -29,6 +29,7 @@ class Progress(RichProgressBar):
             self.disable()
         self._started = 0.0
         self._first_step = 0
+        self._total_steps = 0
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         """Epoch, bar, batches, time; the numbers come behind them."""
@@ -40,6 +41,7 @@ class Progress(RichProgressBar):
             print(summary(trainer, pl_module), flush=True)
         super().on_train_start(trainer, pl_module)
         self._started, self._first_step = time.monotonic(), trainer.global_step
+        self._total_steps = _total_steps(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -53,7 +55,7 @@ class Progress(RichProgressBar):
             values = "  ".join(
                 f"{name} {value}" for name, value in self.get_metrics(trainer, pl_module).items()
             )
-            print(f"step {trainer.global_step}/{_total_steps(trainer) or '?'}  {values}", flush=True)
+            print(f"step {trainer.global_step}/{self._total_steps or '?'}  {values}", flush=True)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What stands beside the bar."""
@@ -63,7 +65,7 @@ class Progress(RichProgressBar):
                 metrics[_SHORT.get(name, name)] = (
                     f"{value:,.0f}" if name.endswith("second") else f"{value:.3f}"
                 )
-        done, total = trainer.global_step - self._first_step, _total_steps(trainer)
+        done, total = trainer.global_step - self._first_step, self._total_steps
         if trainer.training and done > 0 and total:
             seconds = (time.monotonic() - self._started) / done * (total - trainer.global_step)
             metrics["left"] = str(timedelta(seconds=round(max(0.0, seconds))))
