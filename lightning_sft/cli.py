@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_sft import command_line, plugins, run_folder
+from lightning_sft import assets, command_line, plugins, run_folder
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.sources import Source
 from lightning_sft.errors import SFTError
@@ -100,7 +100,7 @@ class SFTCommand(LightningCLI):
         config = self.config.fit.clone()
         config.pop("config", None)
         self.writer = run_folder.RunFolder(parser.dump(config, skip_none=False))
-        callbacks.append(self.writer)
+        callbacks.insert(0, self.writer)  # before the user's: a callback that fails must not cost the model
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _checkpoints(self) -> ModelCheckpoint:
@@ -147,6 +147,7 @@ def run(argv: Sequence[str]) -> None:
         SystemExit: With 2 if the arguments or a config file can't be parsed.
     """
     command_line.quieten()
+    argv = [assets.config_path(argument) for argument in argv]
     command_line.check_configs(argv)
     plugins.load_named(plugins.named_in(argv))
     if any(argument.split("=")[0].endswith("help") or argument == "-h" for argument in argv):
@@ -170,7 +171,8 @@ def run(argv: Sequence[str]) -> None:
             run_folder.release(command.folder)
         if isinstance(error, SFTError):
             raise command_line.in_config(error, argv) from error
-        if isinstance(error, MisconfigurationException):
+        begun = command.writer is not None and command.writer.started
+        if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError) and not begun):
             raise SFTError(
                 str(error), where="trainer", fix="change the trainer's options; --help lists them"
             ) from error

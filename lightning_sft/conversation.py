@@ -70,6 +70,11 @@ class Meta:
     task: str | None = None
     language: str | None = None
 
+    @property
+    def place(self) -> tuple[str, int]:
+        """Source and row."""
+        return self.source, self.row
+
     def __str__(self) -> str:
         return f"{self.source}, row {self.row}"
 

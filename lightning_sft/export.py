@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +19,7 @@ def export(
     merge: bool = False,
     ckpt_path: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a run's adapter or model to a folder, or merge an adapter into its base.
 
@@ -30,6 +31,7 @@ def export(
         ckpt_path: The checkpoint of the run to export; by default what the run exported at its end, or
             its last checkpoint if it didn't get there.
         dtype: Type of the merged weights; by default the base's stored one.
+        trust_remote_code: Run model code that comes with the base. Only for sources you trust.
 
     Raises:
         SFTError: There is nothing to export, or `output` already holds something.
@@ -37,6 +39,8 @@ def export(
     from lightning_sft import run_folder
     from lightning_sft.training.models import is_adapter
 
+    if dtype is not None and not merge:
+        raise SFTError("--dtype is for merged weights", where="--dtype", fix="add --merge, or leave it out")
     run, is_run = Path(source), (Path(source) / run_folder.CONFIG).is_file()
     if ckpt_path is not None and not is_run:
         raise SFTError("only a run has checkpoints", where=source, fix="give a run folder with --ckpt_path")
@@ -45,13 +49,15 @@ def export(
         folder = run / run_folder.MODEL if ckpt_path is None else run / f"model-{checkpoint.stem}"
         if output is not None and not merge:
             folder = Path(output)
-        restore(run, checkpoint).export(_free(folder))
+        _free(folder)
+        _whole(folder, restore(run, checkpoint, trust_remote_code=trust_remote_code).export)
         print(f"{checkpoint} → {folder}")
     else:
         folder = run_folder.model_folder(source)
     if merge and is_adapter(folder):
         merged = Path(output) if output is not None else folder.with_name("merged")
-        _merge(folder, _free(merged), dtype)
+        _free(merged)
+        _whole(merged, lambda partial: _merge(folder, partial, dtype, trust_remote_code))
         print(f"merged {folder} → {merged}")
     elif merge:
         raise SFTError("this is already a whole model, there is nothing to merge", where=str(folder))
@@ -62,8 +68,10 @@ def export(
         print(f"the exported model is in {folder}")
 
 
-def restore(run: Path, checkpoint: Path) -> SFTModule:
+def restore(run: Path, checkpoint: Path, *, trust_remote_code: bool = False) -> SFTModule:
     """The module of a run with the parameters of one of its checkpoints.
+
+    The run's configuration may be a stranger's, so what it says of `trust_remote_code` doesn't count.
 
     Raises:
         SFTError: There is no such checkpoint, or it doesn't fit the run's configuration.
@@ -79,6 +87,8 @@ def restore(run: Path, checkpoint: Path) -> SFTModule:
     saved = load_checkpoint(checkpoint)
     config = command_line.read_config(str(run / run_folder.CONFIG))
     options = {"model": config.get("model")}
+    if isinstance(options["model"], dict):
+        options["model"] = {**options["model"], "trust_remote_code": trust_remote_code}
     plugins.load_named([str(options)])
     parser = command_line.CommandParser()
     parser.add_class_arguments(SFTModule, "model")
@@ -95,19 +105,42 @@ def restore(run: Path, checkpoint: Path) -> SFTModule:
     return module
 
 
-def _merge(adapter: Path, output: Path, dtype: str | None) -> None:
+def _whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write to one side and rename, so that `folder` is there only when it is whole."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write(partial)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.is_dir():
+        folder.rmdir()
+    partial.rename(folder)
+
+
+def _merge(adapter: Path, output: Path, dtype: str | None, trust_remote_code: bool) -> None:
     """Merge in float32 and store as `dtype`."""
     import torch
     from transformers import GenerationConfig
 
     from lightning_sft.training.models import base_of, load_config, load_tokenizer, load_trained
 
-    base = load_config(base_of(adapter), key=f"the base of {adapter}")
+    name, revision = base_of(adapter)
+    own = any(adapter.glob("tokenizer*"))  # an adapter from elsewhere may come without one
+    tokenizer = load_tokenizer(
+        str(adapter) if own else name,
+        revision=None if own else revision,
+        trust_remote_code=trust_remote_code,
+        key="source",
+    )
+    base = load_config(
+        name, revision=revision, trust_remote_code=trust_remote_code, key=f"the base of {adapter}"
+    )
     stored = getattr(torch, dtype) if dtype else base.dtype or torch.float32
-    model = load_trained(adapter, dtype=torch.float32).merge_and_unload().to(stored)
-    model.generation_config = GenerationConfig.from_pretrained(str(adapter))
+    trained = load_trained(adapter, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model = trained.merge_and_unload().to(stored)
+    if (adapter / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(adapter))
     model.save_pretrained(output)
-    load_tokenizer(str(adapter)).save_pretrained(output)
+    tokenizer.save_pretrained(output)
 
 
 def _free(folder: Path) -> Path:

@@ -18,6 +18,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> None:
     """Print the answer of a model to a prompt while it is generated.
 
@@ -30,6 +31,7 @@ def generate(
         temperature: Sampling temperature; 0 takes the likeliest token each time.
         top_p: Sample from the likeliest tokens that make up this probability.
         seed: Seed of the sampling.
+        trust_remote_code: Run model code that comes with the model. Only for sources you trust.
 
     Raises:
         SFTError: There is no model or no prompt, the prompt leaves no room for an answer, or an option is out
@@ -49,14 +51,16 @@ def generate(
     from lightning_sft.rendering import Renderer
     from lightning_sft.training.models import context_length, load_tokenizer, load_trained
 
-    tokenizer = load_tokenizer(str(folder), key="source")
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code, key="source")
     renderer = Renderer(tokenizer)
     if not raw:
         messages = (
             [Message("user", text)] if system is None else [Message("system", system), Message("user", text)]
         )
         text = renderer.generation_prompt(messages)
-    model = load_trained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_trained(folder, trust_remote_code=trust_remote_code).to(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )
     inputs = tokenizer(text, add_special_tokens=raw, return_tensors="pt", verbose=False).to(model.device)
     length = inputs["input_ids"].shape[1]
     context = context_length(model.config, tokenizer)

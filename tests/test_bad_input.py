@@ -352,6 +352,49 @@ def a_scheduler_of_accumulation(place: Place) -> list[str]:
     return place.fit(name, "--trainer.callbacks.scheduling={0: 2}")
 
 
+@says("trainer", "val_check_interval", "1000")
+def a_validation_interval_longer_than_the_epoch(place: Place) -> list[str]:
+    return place.fit("--data.val", "good.jsonl", "--trainer.val_check_interval", "1000")
+
+
+@says("trainer", "nonsense")
+def a_strategy_that_does_not_exist(place: Place) -> list[str]:
+    return place.fit("--trainer.strategy", "nonsense")
+
+
+@says("trainer", "nonsense")
+def an_accelerator_that_does_not_exist(place: Place) -> list[str]:
+    return place.fit("--trainer.accelerator", "nonsense")
+
+
+@says("trainer.strategy", "ModelParallelStrategy is not supported yet", "use auto or ddp")
+def a_strategy_that_shards_weights(place: Place) -> list[str]:
+    strategy = (
+        "{class_path: ModelParallelStrategy, init_args: {data_parallel_size: 1, tensor_parallel_size: 1}}"
+    )
+    return place.fit(
+        "--trainer.accelerator", "cpu", "--trainer.devices", "1", f"--trainer.strategy={strategy}"
+    )
+
+
+@says("good.jsonl", "subset, split and revision are for datasets, this is a file")
+def a_split_of_a_file(place: Place) -> list[str]:
+    return place.fit("--data.train", "[{path: good.jsonl, split: test}]")
+
+
+@says("--dtype", "merged weights", "--merge")
+def a_type_for_weights_that_are_not_merged(place: Place) -> list[str]:
+    return ["export", str(place.model), "--dtype", "bfloat16"]
+
+
+@says("BeforeAfter.gated", "no instruction has the task 'sorting'")
+def a_task_that_no_instruction_has(place: Place) -> list[str]:
+    data = "instructions: tiny:held_out, general_text: tiny:general, questions: tiny:facts"
+    return place.fit(
+        "--trainer.callbacks", f"[{{class_path: BeforeAfter, init_args: {{{data}, gated: [sorting]}}}}]"
+    )
+
+
 @says("trainer.overfit_batches", "trainer.limit_train_batches")
 def overfit_batches(place: Place) -> list[str]:
     return place.fit("--trainer.overfit_batches", "1")
@@ -451,14 +494,21 @@ def a_hub_model_without_network(place: Place) -> list[str]:
     return place.fit(base="someone/model")
 
 
-@says("model.tokenizer", "299 tokens", "vocabulary only 296", "the tokenizer that the model was trained with")
+@says(
+    "model.tokenizer",
+    "odd.jsonl, row 1",
+    "token 298",
+    "only 296",
+    "the tokenizer that the model was trained with",
+)
 def a_tokenizer_larger_than_the_model(place: Place) -> list[str]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(place.model)
     tokenizer.add_tokens(["<one>", "<two>", "<three>"])
     tokenizer.save_pretrained("larger")
-    return place.fit("--model.tokenizer", "larger")
+    Path("odd.jsonl").write_text('{"instruction": "a", "output": "b <three>"}\n')
+    return place.fit("--model.tokenizer", "larger", "--data.train", "odd.jsonl")
 
 
 @says("model.chat_template", "'mine.jinja' is neither a file nor one of alpaca, chatml, plain")

@@ -192,8 +192,9 @@ def test_a_shipped_config_explains_each_key(path: Path) -> None:
     assert [line for line in keys if "#" not in line] == []
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
-def test_a_shipped_config_trains(here: Path, model_folder, path: Path) -> None:
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_shipped_config_trains(here: Path, model_folder, name: str) -> None:
+    (path,) = (path for path in CONFIGS if path.stem == name)
     argv = ["--config", str(path), "--model.base", str(model_folder("llama")), "--data.train", "rows.jsonl"]
     assert main(["fit", *argv, "--trainer.max_steps", "1"]) == 0
     assert (here / "runs" / f"{path.stem}-1" / "model" / "tokenizer.json").is_file()

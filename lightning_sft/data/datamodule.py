@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_sft.data.batch import Batch, Collate
 from lightning_sft.data.plan import BatchPlan, MicroBatch
-from lightning_sft.data.prepare import Overlong, Prepared, check_losses, prepare
+from lightning_sft.data.prepare import Overlong, Prepared, check_ids, check_losses, prepare
 from lightning_sft.data.sources import Source
 from lightning_sft.data.split import shared_prompts, split_indices
 from lightning_sft.errors import SFTError
@@ -126,7 +126,7 @@ class SFTDataModule(LightningDataModule):
         """The training batches of an epoch, as the trainer at hand is configured."""
         trainer = self._attached
         limit = trainer.limit_train_batches if trainer.limit_train_batches is not None else 1.0
-        key = (epoch, trainer.world_size, trainer.accumulate_grad_batches, limit)
+        key = (self.seed, epoch, trainer.world_size, trainer.accumulate_grad_batches, limit)
         if self._last_plan is None or self._last_plan[0] != key:
             plan = BatchPlan(
                 self.prepared["train"].weight_sums,
@@ -205,6 +205,7 @@ class SFTDataModule(LightningDataModule):
             overlong=self.overlong,
         )
         check_losses(prepared, self.max_lost_fraction)
+        check_ids(prepared, module.vocabulary)
         self.prepared[part] = prepared
 
     def _split(self) -> None:

@@ -38,7 +38,8 @@ class SourceLedger:
         source: The file, folder or Hub dataset.
         format: The format its rows were read in.
         rows: Rows read.
-        conversations: Conversations made of them (a format may make none or several of a row).
+        rows_without_conversation: Rows of which the format made none, on purpose.
+        conversations: Conversations made of the others (a format may make several of a row).
         examples: Examples kept.
         tokens: Tokens rendered.
         trained_tokens: Tokens kept that are trained (weight above 0).
@@ -50,6 +51,7 @@ class SourceLedger:
     source: str
     format: str
     rows: int = 0
+    rows_without_conversation: int = 0
     conversations: int = 0
     examples: int = 0
     tokens: int = 0

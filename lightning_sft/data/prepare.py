@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -63,14 +64,17 @@ def prepare(
         format, rows = _format_of(source, rows)
         description = plugins.describe(format)
         ledger = SourceLedger(source=source.path, format=description)
+        converted: set[tuple[str, int]] = set()
         conversations = convert_rows(_counted(rows, ledger), format, description)
         while chunk := list(islice(conversations, _CHUNK)):
             ledger.conversations += len(chunk)
+            converted.update(conversation.meta.place for conversation in chunk)
             for conversation, example in zip(chunk, renderer.render_all(chunk), strict=True):
                 fitted = _fit(example, ledger, max_length, overlong)
                 if fitted is not None:
                     prepared.examples.append(fitted)
                     prepared.keys.append(prompt_key(conversation))
+        ledger.rows_without_conversation = ledger.rows - len(converted)
         ledger.check()
         prepared.ledgers.append(ledger)
     return prepared
@@ -106,20 +110,45 @@ def check_losses(prepared: Prepared, max_lost_fraction: float) -> None:
         )
 
 
+def check_ids(prepared: Prepared, vocabulary: int) -> None:
+    """Refuse tokens that the model doesn't have. (A tokenizer may know some that never occur, as Gemma 3's does.)
+
+    Raises:
+        SFTError: An example holds a token id of `vocabulary` or above; names its row.
+    """
+    for example in prepared.examples:
+        if (largest := int(example.input_ids.max())) >= vocabulary:
+            raise SFTError(
+                f"the tokenizer makes token {largest}, the model's vocabulary has only {vocabulary}",
+                where=f"model.tokenizer: {example.meta}",
+                fix="use the tokenizer that the model was trained with",
+            )
+
+
 def _format_of(
     source: Source, rows: Iterator[tuple[Meta, Row]]
 ) -> tuple[DataFormat, Iterator[tuple[Meta, Row]]]:
     if source.format != "auto":
         return source.format, rows
     first = next(rows)  # read_rows refuses a source without rows
-    candidates = {plugin.name: plugin.load()() for plugin in plugins.discover("formats")}
-    format = detect_format(frozenset(first[1]), candidates, source.path)
+    format = detect_format(frozenset(first[1]), _candidates(), source.path)
 
     def again() -> Iterator[tuple[Meta, Row]]:
         yield first
         yield from rows
 
     return format, again()
+
+
+def _candidates() -> dict[str, DataFormat]:
+    """Every installed format that works with its default options; others must be named."""
+    candidates: dict[str, DataFormat] = {}
+    for plugin in plugins.discover("formats"):
+        try:
+            candidates[plugin.name if plugin.name not in candidates else plugin.class_path] = plugin.load()()
+        except Exception as error:  # a stranger's plug-in, which nobody asked for: it must not break this run
+            warnings.warn(f"format: auto leaves out the {plugin}: {error}", stacklevel=2)
+    return candidates
 
 
 def _counted(rows: Iterator[tuple[Meta, Row]], ledger: SourceLedger) -> Iterator[tuple[Meta, Row]]:

@@ -38,7 +38,8 @@ class Source:
             of them, the id of a dataset on the Hugging Face Hub, or embedded data (tiny:train).
         format: The rows' format; auto finds the one that fits the columns.
         subset: The configuration of a Hub dataset, where it has several.
-        split: The split of a Hub dataset.
+        split: The split of a Hub dataset, train by default. A local folder with a subset, split or revision
+            is read as such a dataset too; without, all its files are.
         revision: The branch, tag or commit of a Hub dataset.
         limit: Read at most this many rows.
     """
@@ -46,7 +47,7 @@ class Source:
     path: str
     format: DataFormat | Literal["auto"] = "auto"
     subset: str | None = None
-    split: str = "train"
+    split: str | None = None
     revision: str | None = None
     limit: int | None = None
 
@@ -69,6 +70,14 @@ def read_rows(source: Source) -> Iterator[tuple[Meta, Row]]:
 
 
 def _rows(source: Source, path: Path) -> Iterator[tuple[Meta, Row]]:
+    if path.exists() and (source.subset or source.split or source.revision):
+        if path.is_dir():
+            return read_hub(source)
+        raise SFTError(
+            "subset, split and revision are for datasets, this is a file",
+            where=source.path,
+            fix="leave them out, or give the dataset's folder",
+        )
     if path.is_dir():
         return (row for file in _files(path) for row in _read_file(file, str(file)))
     if path.exists():
@@ -87,7 +96,9 @@ def read_hub(source: Source) -> Iterator[tuple[Meta, Row]]:
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(source.path, name=source.subset, split=source.split, revision=source.revision)
+        dataset = load_dataset(
+            source.path, name=source.subset, split=source.split or "train", revision=source.revision
+        )
     except Exception as error:
         hint = _did_you_mean(Path(source.path))
         raise SFTError(
@@ -101,6 +112,16 @@ def read_hub(source: Source) -> Iterator[tuple[Meta, Row]]:
         yield Meta(source.path, number), row
 
 
+def _matches(format: DataFormat, columns: frozenset[str], name: str) -> bool:
+    try:
+        return format.matches(columns)
+    except Exception as error:
+        raise SFTError(
+            f"the format {name} failed to look at the columns: {type(error).__name__}: {error}",
+            fix="name the format of your rows with `format:`",
+        ) from error
+
+
 def detect_format(columns: frozenset[str], formats: Mapping[str, DataFormat], where: str) -> DataFormat:
     """The one format that matches these columns.
 
@@ -112,7 +133,7 @@ def detect_format(columns: frozenset[str], formats: Mapping[str, DataFormat], wh
     Raises:
         SFTError: None of the formats matches, or several do.
     """
-    matching = [name for name, format in formats.items() if format.matches(columns)]
+    matching = [name for name, format in formats.items() if _matches(format, columns, name)]
     if len(matching) == 1:
         return formats[matching[0]]
     listed = ", ".join(map(repr, sorted(columns)))

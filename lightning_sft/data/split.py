@@ -101,5 +101,6 @@ def _target(rows: int, validation: float | int) -> int:
 
 
 def shared_prompts(train_keys: Sequence[str], val_keys: Sequence[str]) -> int:
-    """How many distinct prompts are on both sides: 0 where nothing leaks."""
-    return len(set(train_keys) & set(val_keys))
+    """How many validation rows have a prompt that is also trained on: 0 where nothing leaks."""
+    trained = set(train_keys)
+    return sum(key in trained for key in val_keys)

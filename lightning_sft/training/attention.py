@@ -7,7 +7,9 @@ a model that asks for something else must not be trained on flattened rows.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,8 @@ class CallCounter:
     """Counts the calls of segment attention: a model that ignores the registered function makes none."""
 
     calls = 0
+    windows: ClassVar[set[int | None]] = set()
+    """The sliding windows that models have told."""
 
 
 def register() -> None:
@@ -76,6 +80,7 @@ def segment_attention(
         UnsupportedAttention: The model asks for anything else.
     """
     CallCounter.calls += 1
+    CallCounter.windows.add(sliding_window)
     unknown = [name for name, asked in kwargs.items() if name not in _WITHOUT_MEANING and asked is not None]
     if attention_mask is not None:
         unknown.append("attention_mask")
@@ -104,10 +109,12 @@ def segment_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
+@lru_cache(maxsize=64)
 def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
     """Bool `[length, length]`: which position sees which."""
-    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return visible if window is None else visible.triu(1 - window)
+    with torch.inference_mode(False):  # validation may ask first, and training needs it too
+        visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        return visible if window is None else visible.triu(1 - window)
 
 
 def _explicit(

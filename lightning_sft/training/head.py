@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sft import plugins
 from lightning_sft.bases import Loss, TokenBatch
+from lightning_sft.errors import SFTError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,6 +92,12 @@ def weighted_loss(hidden: Tensor, targets: Tensor, weights: Tensor, head: Head, 
 def _chunk_loss(hidden: Tensor, targets: Tensor, weights: Tensor, head: Head, loss: Loss) -> Tensor:
     logits = head(hidden)
     per_token = loss.per_token(TokenBatch(logits=logits, targets=targets, weights=weights))
+    if per_token.shape != targets.shape:
+        raise SFTError(
+            f"the {plugins.describe(loss)} gave a loss of shape {list(per_token.shape)} for {len(targets)} tokens",
+            where="model.loss",
+            fix="its per_token() must return one loss for each token",
+        )
     return (per_token * weights.to(per_token.dtype)).sum()
 
 

@@ -93,18 +93,21 @@ def load_model(
     return model.train()
 
 
-def load_trained(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_trained(
+    folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """What a run exported, or any model folder: an adapter on its base, or a whole model; in eval mode.
 
     Args:
         folder: A folder with `adapter_config.json` (peft) or `config.json` (transformers).
         dtype: Type of the loaded weights; None: as they are stored.
+        trust_remote_code: Run model code that comes with the model.
 
     Raises:
         SFTError: It is neither, or its base can't be loaded.
     """
     if not is_adapter(folder):
-        return load_model(str(folder), dtype=dtype, key="source").eval()
+        return load_model(str(folder), dtype=dtype, trust_remote_code=trust_remote_code, key="source").eval()
     from peft import PeftModel
 
     if not any(folder.glob("adapter_model.*")):
@@ -113,13 +116,16 @@ def load_trained(folder: Path, *, dtype: torch.dtype | None = None) -> PreTraine
             where=f"source: {folder}",
             fix=_DAMAGED,
         )
-    model = load_model(base_of(folder), dtype=dtype, key=f"the base of {folder}")
+    base, revision = base_of(folder)
+    model = load_model(
+        base, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, key=f"the base of {folder}"
+    )
     with _loading("adapter", str(folder), "source"):
         return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
-def base_of(folder: Path) -> str:
-    """The folder or Hub id of the base that an adapter belongs to.
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """The folder or Hub id of the base that an adapter belongs to, and its revision.
 
     Raises:
         SFTError: The adapter doesn't say.
@@ -127,10 +133,11 @@ def base_of(folder: Path) -> str:
     from peft import PeftConfig
 
     with _loading("adapter's configuration", str(folder), "source"):
-        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        config = PeftConfig.from_pretrained(str(folder))
+        base = config.base_model_name_or_path
     if base is None:
         raise SFTError("the adapter doesn't say which base it belongs to", where=str(folder / ADAPTER_CONFIG))
-    return str(base)
+    return str(base), config.revision
 
 
 def load_checkpoint(path: Path, *, weights_only: bool = True) -> dict[str, Any]:
@@ -172,8 +179,10 @@ def context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase)
     text = config.get_text_config()
     known = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "seq_length")]
     lengths = [length for length in known if isinstance(length, int) and length > 0]
-    if tokenizer.model_max_length < 10**9:  # transformers' "unknown" is 1e30
-        lengths.append(int(tokenizer.model_max_length))
+    if not lengths and tokenizer.model_max_length < 10**9:  # transformers' "unknown" is 1e30
+        lengths.append(
+            int(tokenizer.model_max_length)
+        )  # often out of date, so only where the model doesn't say
     return min(lengths, default=None)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -120,6 +121,11 @@ class SFTModule(LightningModule):
         return load_config(self.base, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     @property
+    def vocabulary(self) -> int:
+        """How many token ids the base's embedding has."""
+        return int(self.base_config.get_text_config().vocab_size)
+
+    @property
     def context_length(self) -> int | None:
         """How many tokens the base can take at once."""
         return context_length(self.base_config, self.tokenizer)
@@ -156,13 +162,6 @@ class SFTModule(LightningModule):
         """
         if self.model is not None:
             return
-        vocabulary = self.base_config.get_text_config().vocab_size
-        if len(self.tokenizer) > vocabulary:
-            raise SFTError(
-                f"the tokenizer has {len(self.tokenizer)} tokens, the model's vocabulary only {vocabulary}",
-                where="model.tokenizer" if self.tokenizer_name else f"model.base: {self.base}",
-                fix="use the tokenizer that the model was trained with",
-            )
         model = load_model(
             self.base,
             dtype=self._weights_dtype(),
@@ -172,12 +171,22 @@ class SFTModule(LightningModule):
         )
         model.name_or_path = absolute(self.base)
         self.model = self.adapter.prepare(model)
+        for config in getattr(self.model, "peft_config", {}).values():
+            config.revision = self.revision
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise SFTError(
                 f"{plugins.describe(self.adapter)} leaves no parameter to train",
                 where="model.adapter",
                 fix="change its options",
             )
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Moved, never cast: Lightning's `*-true` precisions would round metric sums, RoPE tables and adapters.
+
+        The weights are loaded in their type; see `dtype`.
+        """
+        kwargs.pop("dtype", None)
+        return super().to(*args, **kwargs)
 
     def _weights_dtype(self) -> torch.dtype:
         if self.load_dtype is not None:
@@ -216,6 +225,12 @@ class SFTModule(LightningModule):
                 "GradientAccumulationScheduler changes how many tokens a step has behind the batch plan's back",
                 where="trainer.callbacks",
                 fix="set trainer.accumulate_grad_batches",
+            )
+        if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise SFTError(
+                f"{type(self.trainer.strategy).__name__} is not supported yet: the loss would see sharded weights",
+                where="trainer.strategy",
+                fix="use auto or ddp",
             )
         if self.trainer.overfit_batches:  # type: ignore[attr-defined]
             raise SFTError(

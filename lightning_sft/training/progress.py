@@ -92,6 +92,10 @@ def summary(trainer: Trainer, module: SFTModule) -> str:
         )
         for ledger in prepared.ledgers:
             lines.append(f"         {ledger.source}: {ledger.rows:,} rows as {ledger.format}")
+            if ledger.rows_without_conversation:
+                lines.append(
+                    f"         left out {ledger.rows_without_conversation:,} rows: the format makes nothing of them"
+                )
             for verb, account in (("dropped", ledger.dropped), ("truncated", ledger.truncated)):
                 lines += [
                     f"         {verb} {loss.examples:,} examples ({loss.tokens:,} tokens): {reason}"

@@ -66,6 +66,12 @@ class BeforeAfter(Callback):
         self.questions = _rows(questions, "questions", ("question", "choices", "answer"))
         self.samples = samples
         self.gated = gated or []
+        if unknown := set(self.gated) - {str(row.get("task", "")) for row in self.instructions}:
+            raise SFTError(
+                f"no instruction has the task {min(unknown)!r}",
+                where="BeforeAfter.gated",
+                fix="name values of the `task` column",
+            )
         self.max_new_tokens = max_new_tokens
         self.before: Measured | None = None
 

@@ -286,3 +286,32 @@ def test_the_account_is_plain_json(rows_file, renderer):
     account = prepared.ledgers[0].as_json()
     assert json.loads(json.dumps(account)) == account
     assert Path(str(account["source"])).suffix == ".jsonl"
+
+
+def test_a_broken_format_that_nobody_named_breaks_no_other(tmp_path, monkeypatch, renderer):
+    source = "from lightning_sft import DataFormat\nraise RuntimeError('broken on purpose')\n"
+    entries = {"lightning_sft.formats": {"Broken": "broken_mod:Broken"}}
+    site = install(tmp_path / "site", "broken-dist", entries, {"broken_mod": source})
+    monkeypatch.syspath_prepend(site)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "a", "output": "b"}\n')
+    with pytest.warns(UserWarning, match=r"leaves out the format Broken \(broken-dist 2.5\)"):
+        prepared = prepare([Source(str(path))], renderer, max_length=None, overlong="drop")
+    assert prepared.ledgers[0].format.startswith("format Alpaca")
+
+
+def test_rows_of_which_a_format_makes_nothing_are_counted(rows_file, renderer):
+    class Every(DataFormat):
+        def matches(self, columns):
+            return True
+
+        def convert(self, row):
+            if row["keep"]:
+                yield Conversation((Message("user", "a"), Message("assistant", "b")))
+                yield Conversation((Message("user", "c"), Message("assistant", "d")))
+
+    path = rows_file([{"keep": n % 3 == 0} for n in range(9)])
+    (ledger,) = prepare(
+        [Source(str(path), format=Every())], renderer, max_length=None, overlong="drop"
+    ).ledgers
+    assert (ledger.rows, ledger.rows_without_conversation, ledger.conversations) == (9, 6, 6)

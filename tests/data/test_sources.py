@@ -243,6 +243,7 @@ class TestHub:
         source = Source(str(folder))
         assert list(read_hub(source)) == [(Meta(str(folder), 1), ROWS[0]), (Meta(str(folder), 2), ROWS[1])]
         assert [row for _, row in read_hub(replace(source, split="test"))] == ROWS[:1]
+        assert [row for _, row in read_rows(replace(source, split="test"))] == ROWS[:1]
         with pytest.raises(SFTError, match="can't be loaded") as error:
             list(read_hub(replace(source, split="validation")))
         assert error.value.where == str(folder)

@@ -123,6 +123,6 @@ def test_one_prompt_alone_cannot_be_split():
         split_indices(["a"] * 5, validation=1, seed=0)
 
 
-def test_shared_prompts_counts_distinct_prompts():
-    assert shared_prompts(["a", "a", "b"], ["a", "a", "c"]) == 1
+def test_shared_prompts_counts_validation_rows():
+    assert shared_prompts(["a", "a", "b"], ["a", "a", "c"]) == 2
     assert shared_prompts(["a"], ["b"]) == 0

@@ -103,14 +103,14 @@ def test_the_trainers_precision_decides_the_type_of_the_weights(precision, dtype
     assert {parameter.dtype for parameter in module.model.parameters()} == {dtype}
 
 
-def test_context_is_the_smaller_of_what_model_and_tokenizer_say(tokenizer):
+def test_context_is_the_models_and_the_tokenizers_only_where_the_model_does_not_say(tokenizer):
     from conftest import CONTEXT, tiny_config
 
     config = tiny_config("llama", len(tokenizer))
-    assert context_length(config, tokenizer) == CONTEXT
-    config.max_position_embeddings = 100
-    assert context_length(config, tokenizer) == 100
+    config.max_position_embeddings = 4 * CONTEXT
+    assert context_length(config, tokenizer) == 4 * CONTEXT
     assert context_length(tiny_config("gpt2", len(tokenizer)), tokenizer) == CONTEXT
+    assert context_length(tiny_config("mamba", len(tokenizer)), tokenizer) == tokenizer.model_max_length
 
 
 def test_a_remote_model_class_is_not_run_unasked(model_folder, tmp_path):
