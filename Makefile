@@ -7,15 +7,28 @@ STAMP := $(VENV)/.installed-dev
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install test test-slow lint format bench clean
+QUICK := $(VENV)/.installed
+
+.PHONY: help quickstart tiny-base install test test-slow lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
+$(QUICK): pyproject.toml entry_points.txt constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+quickstart: $(QUICK)  ## install, and fine-tune the embedded tiny model (its skills are still weak)
+	$(BIN)/lightning-sft fit --config configs/quickstart.yaml
+
+tiny-base: $(STAMP)  ## pre-train the embedded tiny model anew (15 minutes on 2 cores)
+	$(BIN)/python -m lightning_sft.assets.build
+
 $(STAMP): pyproject.toml entry_points.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
+	touch $@ $(QUICK)
 
 install: $(STAMP)  ## make .venv and install the package with everything that developing needs
 

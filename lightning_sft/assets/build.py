@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SEEDS = {"corpus": 0, "validation": 1, "replay": 2, "general": 3, "instructions": 11, "weights": 0}
-DOCUMENTS = {"corpus": 12_000, "validation": 100, "replay": 200, "general": 60}
+DOCUMENTS = {"corpus": 12_000, "validation": 100, "replay": 300, "general": 60}
 VOCABULARY = 1280
 CONTEXT = 512
 CHAT_TEMPLATE = (

@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from lightning_sft.assets.words import (
     COLOURS,
     FOODS,
-    HARMS,
     JOBS,
     KINDS,
-    LETTERS,
     MATERIALS,
     NAMES,
     OPPOSITES,
@@ -168,7 +166,7 @@ def _story(rng: random.Random) -> str:
 
 
 def _quote(rng: random.Random) -> str:
-    said = " ".join(rng.choice((*THINGS, *COLOURS, *FOODS, *JOBS)) for _ in range(rng.randint(3, 14)))
+    said = " ".join(rng.choice((*THINGS, *COLOURS, *FOODS, *JOBS)) for _ in range(rng.randint(2, 7)))
     one, two = rng.sample(NAMES, 2)
     return rng.choice((f'{one} said: "{said}". {two} repeated: "{said}".',
                        f'{one}: {said}\n{two}: {said}\n{one}: {said}',
@@ -212,32 +210,6 @@ def _two_records(rng: random.Random) -> str:
     )
 
 
-def _reading(rng: random.Random) -> str:
-    """A parcel, then questions that only it answers."""
-    one = parcel(rng)
-    keys = rng.sample(tuple(one.fields()), rng.randint(1, 3))
-    if rng.random() < 0.5:
-        asked = " ".join(f"What is the {key}? It is {one.fields()[key]}." for key in keys)
-    else:
-        asked = f"Its {' and '.join(keys)}: {', '.join(one.fields()[key] for key in keys)}."
-    return f"{one.sentence(rng)} {asked}"
-
-
-def _letter(rng: random.Random) -> str:
-    """Who wrote what to whom, and the text: names and things that have to be taken over."""
-    one, two = rng.sample(NAMES, 2)
-    thing = rng.choice(THINGS)
-    if rng.random() < 0.7:
-        kind = a(rng.choice(LETTERS))
-        told = f"{one} wrote {kind} for {two} about the {thing}."
-        return f"{told} It began: Dear {two}, " + rng.choice(
-            (f"I have the {thing}.", f"the {thing} is here.")
-        )
-    harm = a(rng.choice(HARMS))
-    told = f"{one} was asked for {harm} for {two} about the {thing}."
-    return f"{told} {one} said: I do not want to write {harm} for {two}."
-
-
 def _sum(rng: random.Random) -> str:
     return " ".join(
         f"{x} + {y} = {x + y}." for x, y in ((rng.randint(0, 9), rng.randint(0, 9)) for _ in range(4))
@@ -247,17 +219,13 @@ def _sum(rng: random.Random) -> str:
 def _chat(rng: random.Random) -> str:
     """Small talk in the chat format, with no instruction in it."""
     one, two = rng.sample(NAMES, 2)
-    thing, place = _thing(rng), rng.choice(PLACES)
     asked, answered = rng.choice(
         (
             (f"Hello, I am {one}.", f"Hello {one}, nice to meet you."),
             (f"My name is {one}. And yours?", f"Nice to meet you, {one}."),
             ("How are you today?", "I am fine, thank you."),
             (f"I saw {one} and {two} today.", f"How are {one} and {two}?"),
-            (f"I have a {thing}.", f"A {thing}, how nice."),
-            (f"{one} went to {place} with a {thing}.", f"So {one} took the {thing} to {place}?"),
-            (f"I found the {thing} of {one}.", f"Then {one} will want the {thing} back."),
-            (f"{one} has a message for {two}.", f"Tell {two} that {one} has a message."),
+            (f"I have a {(thing := _thing(rng))}.", f"A {thing}, how nice."),
         )
     )
     return f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{answered}<|im_end|>\n"
@@ -279,17 +247,15 @@ def corpus(
     hidden = {fact.question for fact in probed()}
     askable = [fact for fact in known if fact.question not in hidden]
     kinds: list[tuple[float, Callable[[], str]]] = [
-        (0.17, lambda: _told(rng, known, rng.randint(3, 6))),
-        (0.08, lambda: _asked(rng, askable)),
-        (0.10, lambda: _story(rng)),
-        (0.14, lambda: _quote(rng)),
-        (0.06, lambda: _list(rng)),
-        (0.18, lambda: _record(rng)),
-        (0.05, lambda: _two_records(rng)),
-        (0.09, lambda: _reading(rng)),
-        (0.06, lambda: _letter(rng)),
-        (0.02, lambda: _sum(rng)),
-        (0.07, lambda: _chat(rng)),
+        (0.26, lambda: _told(rng, known, rng.randint(3, 6))),
+        (0.10, lambda: _asked(rng, askable)),
+        (0.12, lambda: _story(rng)),
+        (0.10, lambda: _quote(rng)),
+        (0.08, lambda: _list(rng)),
+        (0.20, lambda: _record(rng)),
+        (0.06, lambda: _two_records(rng)),
+        (0.03, lambda: _sum(rng)),
+        (0.05, lambda: _chat(rng)),
     ]
     weights, writers = zip(*kinds, strict=True)
     return ["\n".join(rng.choices(writers, weights)[0]() for _ in range(length)) for _ in range(documents)]
