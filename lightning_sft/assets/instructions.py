@@ -13,9 +13,6 @@ from collections.abc import Callable
 from lightning_sft.assets.words import COLOURS, FOODS, HARMS, LETTERS, NAMES, THINGS, TRANSLATION
 from lightning_sft.assets.world import parcel
 
-GATED = ("extract", "json", "refuse", "comply")
-"""The skills that the quickstart is held to; the others are shown beside them."""
-
 Row = dict[str, str]
 
 _ASK = {
