@@ -22,7 +22,7 @@ $(QUICK): pyproject.toml entry_points.txt constraints.txt
 quickstart: $(QUICK)  ## install, and fine-tune the embedded tiny model (its skills are still weak)
 	$(BIN)/lightning-sft fit --config configs/quickstart.yaml
 
-tiny-base: $(STAMP)  ## pre-train the embedded tiny model anew (15 minutes on 2 cores)
+tiny-base: $(STAMP)  ## pre-train the embedded tiny model anew (a quarter of an hour or more)
 	$(BIN)/python -m lightning_sft.assets.build
 
 $(STAMP): pyproject.toml entry_points.txt constraints.txt

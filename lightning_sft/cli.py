@@ -22,7 +22,7 @@ from lightning_sft.training.module import SFTModule
 from lightning_sft.training.progress import Progress
 
 
-class Parser(command_line.ClearErrors, LightningArgumentParser):
+class Parser(command_line.CommandParser, LightningArgumentParser):
     """LightningCLI's parser, with errors for people."""
 
     def add_class_arguments(self, theclass: Any, nested_key: str | None = None, **kwargs: Any) -> list[str]:
@@ -37,6 +37,35 @@ class SFTCommand(LightningCLI):
 
     folder: Path | None = None
     writer: run_folder.RunFolder | None = None
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        try:
+            super().__init__(
+                SFTModule,
+                SFTDataModule,
+                args=list(argv),
+                save_config_callback=None,
+                seed_everything_default=0,
+                trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
+                parser_class=Parser,
+                parser_kwargs={"prog": "lightning-sft"},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+        except BaseException as error:
+            if self.folder is not None:
+                run_folder.release(self.folder)
+            if isinstance(error, SFTError):
+                raise command_line.in_config(error, argv) from error
+            begun = self.writer is not None and self.writer.started
+            if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError) and not begun):
+                raise SFTError(
+                    str(error), where="trainer", fix="change the trainer's options; --help lists them"
+                ) from error
+            if isinstance(error, SystemExit) and _was_interrupted(self):
+                _tell_how_to_go_on(self.folder)
+                raise KeyboardInterrupt from None  # Lightning exits with 1
+            raise
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -152,34 +181,7 @@ def run(argv: Sequence[str]) -> None:
     plugins.load_named(plugins.named_in(argv))
     if any(argument.split("=")[0].endswith("help") or argument == "-h" for argument in argv):
         _load_all_that_can_be()
-    command = SFTCommand.__new__(SFTCommand)
-    try:
-        command.__init__(  # type: ignore[misc]
-            SFTModule,
-            SFTDataModule,
-            args=list(argv),
-            save_config_callback=None,
-            seed_everything_default=0,
-            trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
-            parser_class=Parser,
-            parser_kwargs={"prog": "lightning-sft"},
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
-    except BaseException as error:
-        if command.folder is not None:
-            run_folder.release(command.folder)
-        if isinstance(error, SFTError):
-            raise command_line.in_config(error, argv) from error
-        begun = command.writer is not None and command.writer.started
-        if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError) and not begun):
-            raise SFTError(
-                str(error), where="trainer", fix="change the trainer's options; --help lists them"
-            ) from error
-        if isinstance(error, SystemExit) and _was_interrupted(command):
-            _tell_how_to_go_on(command.folder)
-            raise KeyboardInterrupt from None  # Lightning exits with 1
-        raise
+    SFTCommand(argv)
 
 
 def _load_all_that_can_be() -> None:

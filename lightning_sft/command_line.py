@@ -35,18 +35,14 @@ _LIGHTNING_BASE = re.compile(r"<class '(lightning\.[\w.]+)'>")
 _KINDS = {"DataFormat": "formats", "Adapter": "adapters", "Loss": "losses"}
 
 
-class ClearErrors:
-    """For a jsonargparse parser: errors in a sentence or two, without the usage and the search for a type."""
+class CommandParser(ArgumentParser):
+    """A jsonargparse parser with errors in a sentence or two, without the usage and the search for a type."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong and what to do; `main` prints it and exits with 2."""
-        if not self.exit_on_error:  # type: ignore[attr-defined]
-            super().error(message, ex)  # type: ignore[misc]
-        raise explain(message, options_of(self)) from None  # type: ignore[arg-type]
-
-
-class CommandParser(ClearErrors, ArgumentParser):
-    """The parser of the commands that are functions."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise explain(message, options_of(self)) from None
 
 
 def call(function: Callable[..., None], argv: Sequence[str], command: str) -> None:

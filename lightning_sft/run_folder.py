@@ -17,16 +17,13 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_sft.errors import SFTError
 from lightning_sft.training.models import ADAPTER_CONFIG, MODEL_CONFIG
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 CONFIG, LEDGER, METRICS = "config.yaml", "ledger.json", "metrics.csv"
 CHECKPOINTS, MODEL = "checkpoints", "model"
@@ -137,32 +134,30 @@ class RunFolder(Callback):
         self.config = config
         self.started = False
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Agree on the folder over all ranks."""
-        trainer._default_root_dir = trainer.strategy.broadcast(  # type: ignore[attr-defined]
-            trainer.default_root_dir
-        )
+        trainer._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Log each step of a run with only a few."""
-        steps: int = trainer.datamodule.total_steps()  # type: ignore[attr-defined]
-        if 0 < steps < trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            trainer.log_every_n_steps = 1  # type: ignore[attr-defined]
+        steps: int = trainer.datamodule.total_steps()
+        if 0 < steps < trainer.log_every_n_steps:
+            trainer.log_every_n_steps = 1
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Write what is known before training; not sooner, so that a refused run leaves nothing behind."""
         self.started = True
         self._write_inputs(trainer)
 
     @rank_zero_only
-    def _write_inputs(self, trainer: Trainer) -> None:
+    def _write_inputs(self, trainer: Any) -> None:
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(self.config, encoding="utf-8")
-        ledger = json.dumps(trainer.datamodule.ledger, indent=2, ensure_ascii=False)  # type: ignore[attr-defined]
+        ledger = json.dumps(trainer.datamodule.ledger, indent=2, ensure_ascii=False)
         (folder / LEDGER).write_text(ledger + "\n", encoding="utf-8")
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Export what was trained; `model/` is there only when it is whole."""
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)

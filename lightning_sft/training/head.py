@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK = 512
-"""Positions per chunk; measured on CPU against 128 (1.24 times slower) and 2048 (1.10 times slower)."""
+"""Positions per chunk: large enough for fast matrix products, small enough that a chunk's logits stay small."""
 
 
 @dataclass(frozen=True, slots=True)
