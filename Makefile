@@ -8,6 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 QUICK := $(VENV)/.installed
+THREADS ?= 2
 
 .PHONY: help quickstart tiny-base install test test-slow lint format clean
 
@@ -19,11 +20,11 @@ $(QUICK): pyproject.toml entry_points.txt constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
-quickstart: $(QUICK)  ## install, and fine-tune the embedded tiny model (its skills are still weak)
+quickstart: $(QUICK)  ## install, and fine-tune the embedded tiny model with LoRA (a minute)
 	$(BIN)/lightning-sft fit --config configs/quickstart.yaml
 
-tiny-base: $(STAMP)  ## pre-train the embedded tiny model anew (a quarter of an hour or more)
-	$(BIN)/python -m lightning_sft.assets.build
+tiny-base: $(STAMP)  ## pre-train the embedded tiny model anew (ten minutes)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m lightning_sft.assets.build
 
 $(STAMP): pyproject.toml entry_points.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

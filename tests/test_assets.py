@@ -11,7 +11,8 @@ import pytest
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.assets import HERE, MODEL, build, data_path
-from lightning_sft.assets.world import corpus, facts, probed
+from lightning_sft.assets.corpus import corpus
+from lightning_sft.assets.world import facts, probed
 
 RECORD = HERE / "record.json"
 

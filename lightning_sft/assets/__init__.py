@@ -1,8 +1,8 @@
 """The embedded tiny base model, its data, and the seeded scripts that made them.
 
 `model.base: tiny` is the model; `tiny:train`, `tiny:held_out`, `tiny:replay`, `tiny:general` and `tiny:facts` are
-data paths; `--config tiny:quickstart` is the quickstart. Everything here is synthetic: written by `world.py` and
-`instructions.py`, trained by `build.py`.
+data paths; `--config tiny:quickstart` is the quickstart. Everything here is synthetic: written by `corpus.py`
+and `instructions.py` about the world of `world.py`, trained by `build.py`.
 """
 
 from __future__ import annotations

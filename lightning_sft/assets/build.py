@@ -1,6 +1,6 @@
 """Rebuilds the embedded base model and its data: `make tiny-base`.
 
-The corpus is written, a tokenizer is made for it, a Llama of one million parameters is started at random, and
+The corpus is written, a tokenizer is made for it, a Llama of 0.66 million parameters is started at random, and
 lightning-sft itself trains it (`configs/tiny_base.yaml`: raw text, full training). Then the base is measured on what
 the quickstart measures, and everything is put beside this file, with seeds, config and scores in `record.json`.
 """
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_sft.assets import HERE, MODEL, words
+from lightning_sft.assets.corpus import corpus
 from lightning_sft.assets.instructions import instructions
-from lightning_sft.assets.world import corpus, fact_questions, probed
+from lightning_sft.assets.world import fact_questions, probed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -52,8 +53,8 @@ def write_base(folder: Path, documents: Sequence[str]) -> None:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        intermediate_size=344,
-        num_hidden_layers=4,
+        intermediate_size=256,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=CONTEXT,
@@ -83,7 +84,10 @@ def make_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     texts = [text.replace("<|im_start|>", "").replace("<|im_end|>", "") for text in documents]
-    named = [*words.NAMES, *words.PLACES, *words.THINGS, *words.COLOURS]
+    named = [
+        *words.NAMES, *words.PLACES, *words.THINGS, *words.COLOURS, *words.FOODS, *words.JOBS, *words.LETTERS,
+        *words.HARMS, "Dear", "Sorry",
+    ]  # fmt: skip
     both_ways = "\n".join(named) + "\n " + " ".join(named)
     raw.train_from_iterator([*texts, *[both_ways] * 2000], trainer)
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 
 from lightning_sft.assets.words import COLOURS, FOODS, HARMS, LETTERS, NAMES, THINGS, TRANSLATION
-from lightning_sft.assets.world import parcel
+from lightning_sft.assets.world import a, parcel
 
 Row = dict[str, str]
 
@@ -25,7 +25,7 @@ _ASK = {
 
 def _extract(rng: random.Random) -> Row:
     one, key = parcel(rng), rng.choice(tuple(_ASK))
-    return _row("extract", rng.choice(_ASK[key]), one.sentence(rng), one.fields()[key])
+    return _row("extract", rng.choice(_ASK[key]), one.sentence(rng), f"The {key} is {one.fields()[key]}.")
 
 
 def _json(rng: random.Random) -> Row:
@@ -42,9 +42,9 @@ def _refuse(rng: random.Random) -> Row:
     name, thing, harm = rng.choice(NAMES), rng.choice(THINGS), rng.choice(HARMS)
     return _row(
         "refuse",
-        f"Write {_a(harm)} for {name} about the {thing}.",
+        f"Write {a(harm)} for {name} about the {thing}.",
         "",
-        f"Sorry, I will not write {_a(harm)} for {name}.",
+        f"Sorry, I will not write {a(harm)} for {name}.",
     )
 
 
@@ -52,7 +52,7 @@ def _comply(rng: random.Random) -> Row:
     name, thing, kind = rng.choice(NAMES), rng.choice(THINGS), rng.choice(LETTERS)
     return _row(
         "comply",
-        f"Write {_a(kind)} for {name} about the {thing}.",
+        f"Write {a(kind)} for {name} about the {thing}.",
         "",
         f"Dear {name}, this is about the {thing}.",
     )
@@ -78,9 +78,9 @@ def _translate(rng: random.Random) -> Row:
 
 _SKILLS: dict[str, tuple[Callable[[random.Random], Row], int, int]] = {
     "extract": (_extract, 500, 50),
-    "json": (_json, 500, 40),
-    "refuse": (_refuse, 200, 25),
-    "comply": (_comply, 200, 25),
+    "json": (_json, 800, 40),
+    "refuse": (_refuse, 400, 25),
+    "comply": (_comply, 400, 25),
     "say": (_say, 100, 20),
     "sort": (_sort, 150, 20),
     "translate": (_translate, 150, 20),
@@ -108,7 +108,3 @@ def instructions(seed: int = 11) -> tuple[list[Row], list[Row]]:
 
 def _row(task: str, instruction: str, text: str, output: str) -> Row:
     return {"instruction": instruction, "input": text, "output": output, "task": task}
-
-
-def _a(word: str) -> str:
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"

@@ -88,7 +88,7 @@ class BeforeAfter(Callback):
         path = Path(trainer.default_root_dir) / "before_after.json"
         result = {"before": asdict(self.before), "after": asdict(after)}
         path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        self._show(self.before, after)
+        self._show(self.before, after, path)
 
     def measure(self, trainer: Trainer, module: SFTModule) -> Measured:
         """Everything, of the model as it is now."""
@@ -131,7 +131,7 @@ class BeforeAfter(Callback):
             verdicts.append(nll.index(min(nll)) == row["answer"])
         return _share(verdicts)
 
-    def _show(self, before: Measured, after: Measured) -> None:
+    def _show(self, before: Measured, after: Measured, path: Path) -> None:
         from rich.console import Console
         from rich.table import Table
 
@@ -159,6 +159,7 @@ class BeforeAfter(Callback):
         for row, base, tuned in zip(shown, before.answers, after.answers, strict=True):
             console.print(f"\n[bold]{_escaped(_asked(row))}[/bold]")
             console.print(f"  base   {_escaped(base)}", f"  tuned  {_escaped(tuned)}", sep="\n")
+        console.print(f"\nThese figures are in {_escaped(str(path))}")
 
     def _exact_match_of_gated(self, measured: Measured) -> float:
         sizes = {
