@@ -117,7 +117,7 @@ def test_seed_and_epoch_are_not_merely_added_up():
 
 
 def test_without_shuffling_the_order_is_that_of_the_examples():
-    assert real_rows(BatchPlan(ROWS, batch_size=4, shuffle=False).rank(0)) == list(range(len(ROWS)))
+    assert real_rows(BatchPlan(ROWS, batch_size=4, order="given").rank(0)) == list(range(len(ROWS)))
 
 
 @given(sums=weight_sums, seed=st.integers(0, 3))
@@ -170,7 +170,7 @@ def test_under_a_limit_n_of_every_window_counts_the_rows_that_are_left(sums, sha
 
 
 def test_a_window_that_the_limit_cuts_short_has_an_n_of_its_own():
-    plan = BatchPlan(ROWS, batch_size=2, world_size=2, accumulate=4, limit=6, shuffle=False)
+    plan = BatchPlan(ROWS, batch_size=2, world_size=2, accumulate=4, limit=6, order="given")
     assert plan.steps == 2
     assert plan.num_items == [sum(ROWS[:16]), sum(ROWS[16:24])]
 
