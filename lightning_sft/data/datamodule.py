@@ -332,6 +332,7 @@ class SFTDataModule(LightningDataModule):
         trainer = self._attached
         plan = BatchPlan(
             self.prepared[part].weight_sums,
+            lengths=self.prepared[part].lengths,
             batch_size=self.val_batch_size,
             world_size=trainer.world_size,
             order="given",
