@@ -374,8 +374,8 @@ def test_a_window_that_ends_early_on_two_ranks_has_the_gradient_of_the_rows_in_i
     ("spread", "fillers"),
     [
         (Spread(2, ranks=2, pack=200), 0),
-        (Spread(1, accumulate=4, ranks=2, pack=220), 0),
-        (Spread(1, accumulate=4, ranks=2, pack=256), 1),  # three packs for four places
+        (Spread(1, accumulate=4, ranks=2, pack=200), 0),
+        (Spread(1, accumulate=4, ranks=2, pack=220), 1),  # three packs for four places
         (Spread(tokens=200, size=1, accumulate=4, ranks=2), 0),
         (Spread(tokens=1000, size=1, ranks=2), 1),  # one bin: the other rank has nothing that counts
     ],
