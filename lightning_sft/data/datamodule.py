@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -12,6 +14,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_sft.data.batch import Batch, Collate
+from lightning_sft.data.mixture import check_weights, draw, rows_per_epoch
+from lightning_sft.data.packing import check_options
 from lightning_sft.data.plan import BatchPlan, MicroBatch
 from lightning_sft.data.prepare import Overlong, Prepared, check_ids, check_losses, prepare
 from lightning_sft.data.sources import Source
@@ -41,8 +45,15 @@ class SFTDataModule(LightningDataModule):
         max_length: Most tokens of an example; by default the model's context.
         overlong: What happens to longer ones: drop them, or cut them off at the right.
         max_lost_fraction: Refuse to start if more than this fraction of the tokens to train would be lost.
-        batch_size: Examples per rank in a micro-batch; with trainer.accumulate_grad_batches and the number of
-            ranks it makes the global batch.
+        batch_size: Examples (with `packing`: packs) per rank in a micro-batch; with
+            trainer.accumulate_grad_batches and the number of ranks it makes the global batch.
+        batch_tokens: Instead of so many examples, as many as fit into this many tokens, per rank and micro-batch;
+            `batch_size` then doesn't count.
+        packing: Put examples into packs of up to `pack_length` tokens, as full as can be, so that micro-batches
+            have about equally many tokens. Attention stays within each example.
+        pack_length: Most tokens in a pack; `max_length` by default.
+        order: Order of the examples in an epoch: `random`; `grouped`, in which the examples of an optimizer step
+            have similar lengths; or `short_first`.
         val_batch_size: The same for validation and test; `batch_size` by default.
         num_workers: Processes that prepare batches beside training.
         seed: Seed of the order of the examples; by default `seed_everything`'s.
@@ -59,6 +70,10 @@ class SFTDataModule(LightningDataModule):
         overlong: Overlong = "drop",
         max_lost_fraction: float = 0.01,
         batch_size: int = 8,
+        batch_tokens: int | None = None,
+        packing: bool = False,
+        pack_length: int | None = None,
+        order: Literal["random", "grouped", "short_first"] = "random",
         val_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int | None = None,
@@ -69,18 +84,28 @@ class SFTDataModule(LightningDataModule):
         _at_least("batch_size", batch_size, 1)
         _at_least("val_batch_size", val_batch_size, 1)
         _at_least("num_workers", num_workers, 0)
+        _at_least("seed", seed, 0)
+        _at_least("batch_tokens", batch_tokens, 2)
+        _at_least("pack_length", pack_length, 2)
+        check_options(batch_tokens, packing, pack_length, order)
         self.sources = {"train": _sources(train), "val": _sources(val), "test": _sources(test)}
+        check_weights(self.sources)
         self.val_split = val_split
         self.split_seed = split_seed
         self.max_length = max_length
         self.overlong: Overlong = overlong
         self.max_lost_fraction = max_lost_fraction
         self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
+        self.packing = packing
+        self._pack_length = pack_length
+        self.order: Literal["random", "grouped", "short_first"] = order
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
         self.num_workers = num_workers
         self._seed = seed
         self.prepared: dict[str, Prepared] = {}
         self._last_plan: tuple[tuple[object, ...], BatchPlan] | None = None
+        self._total_steps: dict[tuple[object, ...], int] = {}
 
     @property
     def seed(self) -> int:
@@ -101,6 +126,9 @@ class SFTDataModule(LightningDataModule):
                 self._prepare("val")
             if "val" in self.prepared:
                 self._warn_of_shared_prompts()
+            if self.steps_vary:
+                # Lightning reads the length of a loader when it gets it, so it has to get one in every epoch.
+                self._attached.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         elif stage == "validate":
             if self.val_split is not None:
                 self._prepare("train")
@@ -116,43 +144,102 @@ class SFTDataModule(LightningDataModule):
         return {
             part: {
                 "examples": len(prepared.examples),
-                "tokens": sum(len(example) for example in prepared.examples),
+                "tokens": sum(prepared.lengths),
+                **({"examples_per_epoch": sum(self.examples_per_epoch)} if part == "train" else {}),
                 "sources": [ledger.as_json() for ledger in prepared.ledgers],
             }
             for part, prepared in self.prepared.items()
         }
 
+    @property
+    def examples_per_epoch(self) -> list[int]:
+        """How many examples an epoch of training takes from each source."""
+        sources = self.sources["train"]
+        have = Counter(self.prepared["train"].sources)
+        return [rows_per_epoch(have[index], source.weight) for index, source in enumerate(sources)]
+
+    @property
+    def pack_length(self) -> int | None:
+        """Most tokens in a pack; None without packing.
+
+        Raises:
+            SFTError: Nothing says how long packs may be.
+        """
+        if not self.packing:
+            return None
+        for length in (self._pack_length, self.max_length, self._module.context_length):
+            if length is not None:
+                return length
+        raise SFTError(
+            "the model doesn't tell its context, so nothing says how long packs may be",
+            where="data.pack_length",
+            fix="give data.pack_length or data.max_length",
+        )
+
+    @property
+    def steps_vary(self) -> bool:
+        """Whether epochs may differ in their number of steps: how well bins fill depends on order or rows."""
+        fractions = any(source.weight % 1 for source in self.sources["train"])
+        return self.batch_tokens is not None or (self.packing and fractions)
+
     def plan(self, epoch: int) -> BatchPlan:
         """The training batches of an epoch, as the trainer at hand is configured."""
-        trainer = self._attached
-        limit = trainer.limit_train_batches if trainer.limit_train_batches is not None else 1.0
-        key = (self.seed, epoch, trainer.world_size, trainer.accumulate_grad_batches, limit)
+        key = (epoch, *self._plan_key)
         if self._last_plan is None or self._last_plan[0] != key:
+            trainer, prepared = self._attached, self.prepared["train"]
+            weights = [source.weight for source in self.sources["train"]]
             plan = BatchPlan(
-                self.prepared["train"].weight_sums,
+                prepared.weight_sums,
+                lengths=prepared.lengths,
+                rows=draw(prepared.sources, weights, seed=self.seed, epoch=epoch),
                 batch_size=self.batch_size,
+                batch_tokens=self.batch_tokens,
+                pack_length=self.pack_length,
+                padded=self.batch_tokens is not None and self._module.layout.padded_because is not None,
                 world_size=trainer.world_size,
                 accumulate=trainer.accumulate_grad_batches,
                 seed=self.seed,
                 epoch=epoch,
-                limit=limit,
+                limit=trainer.limit_train_batches if trainer.limit_train_batches is not None else 1.0,
+                order=self.order,
             )
             self._last_plan = (key, plan)
         return self._last_plan[1]
 
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run; 0 if the trainer sets no end."""
-        trainer = self._attached
-        ends = []
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            ends.append(self.plan(0).steps * trainer.max_epochs)
-        if trainer.max_steps >= 0:
-            ends.append(trainer.max_steps)
-        return min(ends, default=0)
+        """Optimizer steps of the whole run; 0 if the trainer sets no end.
+
+        Where epochs differ in their number of steps, each of them is planned.
+        """
+        epochs, most = self._attached.max_epochs, self._attached.max_steps
+        if epochs is None or epochs < 0:
+            return max(0, most)
+        key = (epochs, most, *self._plan_key)
+        if key not in self._total_steps:
+            steps = 0
+            for epoch in range(epochs if self.steps_vary else min(1, epochs)):
+                steps += self.plan(epoch).steps * (1 if self.steps_vary else epochs)
+                if 0 <= most <= steps:
+                    steps = most
+                    break
+            self._total_steps[key] = steps
+        return self._total_steps[key]
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """The batches of this rank, in the plan's order, another one in every epoch."""
-        return self._loader("train", _PlanSampler(self.plan, self._attached.global_rank))
+        """The batches of this rank, in the plan's order, another one in every epoch.
+
+        Raises:
+            SFTError: Packs are asked for, and the model takes padded rows.
+        """
+        if self.packing and (because := self._module.layout.padded_because):
+            raise SFTError(
+                f"packs need flattened rows, and this model gets padded ones: {because}",
+                where="data.packing",
+                fix="set data.batch_tokens or data.batch_size instead",
+            )
+        sampler = _PlanSampler(self.plan, self._attached.global_rank)
+        sampler.set_epoch(self._attached.current_epoch)
+        return self._loader("train", sampler)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[object]:
         """The validation batches of this rank; an empty list where there is no validation data."""
@@ -171,6 +258,21 @@ class SFTDataModule(LightningDataModule):
                 "SFTDataModule needs a Trainer: pass it to trainer.fit(module, datamodule=...)"
             )
         return self.trainer
+
+    @property
+    def _plan_key(self) -> tuple[object, ...]:
+        """What plans depend on that may change under this data module."""
+        trainer = self._attached
+        limit = trainer.limit_train_batches
+        return (
+            self.seed,
+            trainer.world_size,
+            trainer.accumulate_grad_batches,
+            type(limit),  # 1 is one micro-batch, 1.0 all of them
+            limit,
+            self.batch_size,
+            self.batch_tokens,
+        )
 
     @property
     def _module(self) -> SFTModule:
@@ -213,10 +315,8 @@ class SFTDataModule(LightningDataModule):
             return
         whole = self.prepared["train"]
         train, val = split_indices(whole.keys, validation=self.val_split, seed=self.split_seed)
-        self.prepared["train"] = Prepared(
-            [whole.examples[i] for i in train], [whole.keys[i] for i in train], whole.ledgers
-        )
-        self.prepared["val"] = Prepared([whole.examples[i] for i in val], [whole.keys[i] for i in val])
+        self.prepared["train"] = whole.part(train)
+        self.prepared["val"] = replace(whole.part(val), ledgers=[])
 
     def _warn_of_shared_prompts(self) -> None:
         keys = self.prepared["val"].keys
@@ -232,9 +332,10 @@ class SFTDataModule(LightningDataModule):
         trainer = self._attached
         plan = BatchPlan(
             self.prepared[part].weight_sums,
+            lengths=self.prepared[part].lengths,
             batch_size=self.val_batch_size,
             world_size=trainer.world_size,
-            shuffle=False,
+            order="given",
         )
         return self._loader(part, _PlanSampler(lambda epoch: plan, trainer.global_rank))
 

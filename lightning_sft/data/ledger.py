@@ -37,6 +37,7 @@ class SourceLedger:
     Args:
         source: The file, folder or Hub dataset.
         format: The format its rows were read in.
+        weight: How often an epoch sees its examples.
         rows: Rows read.
         rows_without_conversation: Rows of which the format made none, on purpose.
         conversations: Conversations made of the others (a format may make several of a row).
@@ -50,6 +51,7 @@ class SourceLedger:
 
     source: str
     format: str
+    weight: float = 1.0
     rows: int = 0
     rows_without_conversation: int = 0
     conversations: int = 0

@@ -32,16 +32,32 @@ class Prepared:
         examples: In the order of sources and rows.
         keys: The prompt of each, normalised: what may not be on both sides of a split.
         ledgers: One account per source.
+        sources: The source of each, by index.
     """
 
     examples: list[Example] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     ledgers: list[SourceLedger] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of every example."""
+        return [len(example) for example in self.examples]
 
     @cached_property
     def weight_sums(self) -> list[float]:
         """Σ weights of every example."""
         return [float(example.weights.sum(dtype="float64")) for example in self.examples]
+
+    def part(self, rows: Sequence[int]) -> Prepared:
+        """Some of the examples, with the accounts of all."""
+        return Prepared(
+            [self.examples[row] for row in rows],
+            [self.keys[row] for row in rows],
+            self.ledgers,
+            [self.sources[row] for row in rows],
+        )
 
 
 def prepare(
@@ -59,11 +75,11 @@ def prepare(
         SFTError: A source or a row is at fault; says which.
     """
     prepared = Prepared()
-    for source in sources:
+    for number, source in enumerate(sources):
         rows = read_rows(source)
         format, rows = _format_of(source, rows)
         description = plugins.describe(format)
-        ledger = SourceLedger(source=source.path, format=description)
+        ledger = SourceLedger(source=source.path, format=description, weight=source.weight)
         converted: set[tuple[str, int]] = set()
         conversations = convert_rows(_counted(rows, ledger), format, description)
         while chunk := list(islice(conversations, _CHUNK)):
@@ -74,6 +90,7 @@ def prepare(
                 if fitted is not None:
                     prepared.examples.append(fitted)
                     prepared.keys.append(prompt_key(conversation))
+                    prepared.sources.append(number)
         ledger.rows_without_conversation = ledger.rows - len(converted)
         ledger.check()
         prepared.ledgers.append(ledger)

@@ -42,6 +42,8 @@ class Source:
             is read as such a dataset too; without, all its files are.
         revision: The branch, tag or commit of a Hub dataset.
         limit: Read at most this many rows.
+        weight: How often a row is seen in an epoch of training: 2.0 is twice, 0.5 every other epoch. Fractions
+            go round: each epoch takes the next rows in a seeded order.
     """
 
     path: str
@@ -50,6 +52,7 @@ class Source:
     split: str | None = None
     revision: str | None = None
     limit: int | None = None
+    weight: float = 1.0
 
 
 def read_rows(source: Source) -> Iterator[tuple[Meta, Row]]:

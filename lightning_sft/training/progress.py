@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_sft.data.datamodule import SFTDataModule
+    from lightning_sft.data.plan import BatchPlan
     from lightning_sft.training.module import SFTModule
 
 _SHORT = {"train/loss": "loss", "train/tokens_per_second": "tok/s"}
@@ -84,14 +85,17 @@ def summary(trainer: Trainer, module: SFTModule) -> str:
         f"{type(module.adapter).__name__}",
     ]
     for part, prepared in data.prepared.items():
-        tokens = sum(len(example) for example in prepared.examples)
+        tokens = sum(prepared.lengths)
         trained_tokens = sum(int((example.weights > 0).sum()) for example in prepared.examples)
         lines.append(
             f"{part:8} {len(prepared.examples):,} examples, {tokens:,} tokens, "
             f"{trained_tokens:,} of them trained"
         )
-        for ledger in prepared.ledgers:
+        for index, ledger in enumerate(prepared.ledgers):
             lines.append(f"         {ledger.source}: {ledger.rows:,} rows as {ledger.format}")
+            if ledger.weight != 1:
+                seen = data.examples_per_epoch[index]
+                lines.append(f"         weight {ledger.weight:g}: {seen:,} of its examples in each epoch")
             if ledger.rows_without_conversation:
                 lines.append(
                     f"         left out {ledger.rows_without_conversation:,} rows: the format makes nothing of them"
@@ -101,15 +105,25 @@ def summary(trainer: Trainer, module: SFTModule) -> str:
                     f"         {verb} {loss.examples:,} examples ({loss.tokens:,} tokens): {reason}"
                     for reason, loss in account.items()
                 ]
-    ranks = "1 rank" if trainer.world_size == 1 else f"{trainer.world_size} ranks"
-    steps = f"{plan.steps:,} steps an epoch" + (
-        f", {total:,} in all" if (total := data.total_steps()) else ""
-    )
-    lines.append(
-        f"batches  {data.batch_size} examples × {trainer.accumulate_grad_batches} accumulated × {ranks}, "
-        f"{rows}; {steps}"
-    )
+    lines.append(f"batches  {_batches(data, plan, trainer)}, {rows}; {_steps(data, plan)}")
     return "\n".join(lines)
+
+
+def _batches(data: SFTDataModule, plan: BatchPlan, trainer: Trainer) -> str:
+    if data.batch_tokens is not None:
+        unit = f"up to {data.batch_tokens:,} tokens ({plan.fill:.1%} filled)"
+    elif data.packing:
+        unit = f"{data.batch_size} packs of {data.pack_length:,} tokens ({plan.fill:.1%} filled)"
+    else:
+        unit = f"{data.batch_size} examples"
+    ranks = "1 rank" if trainer.world_size == 1 else f"{trainer.world_size} ranks"
+    return f"{unit} × {trainer.accumulate_grad_batches} accumulated × {ranks}"
+
+
+def _steps(data: SFTDataModule, plan: BatchPlan) -> str:
+    each = "in the first epoch" if data.steps_vary else "an epoch"
+    total = data.total_steps()
+    return f"{plan.steps:,} steps {each}" + (f", {total:,} in all" if total else "")
 
 
 def _total_steps(trainer: Trainer) -> int:

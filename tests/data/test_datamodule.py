@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning_sft import SFTDataModule, SFTError, SFTModule
 from lightning_sft.data.plan import MicroBatch
 from lightning_sft.data.sources import Source
+from lightning_sft.training.progress import summary
 
 CONTEXT = 256
 
@@ -305,3 +307,169 @@ def test_sources_may_be_limited_one_by_one(ten_rows, rows_file, attached):
     data = attached(train=[Source(ten_rows, limit=4), Source(other, limit=2)])
     data.setup("fit")
     assert rows(data, "train") == [1, 2, 3, 4, 1, 2]
+
+
+# ------------------------------------------------------------------------ token budgets, packs, mixtures
+
+
+@pytest.fixture
+def uneven_rows(rows_file) -> str:
+    """Forty rows of very different lengths, so that a token budget fills its bins now so, now so."""
+    return rows_file([chat(f"question {n}", "answer " * (1 + 7 * n % 17)) for n in range(40)])
+
+
+class Counted(Callback):
+    """How many micro-batches and steps Lightning made of each epoch, and what it believed there were."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.believed: list[int] = []
+        self.steps: list[int] = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.batches.append(0)
+        self.believed.append(trainer.num_training_batches)
+        self.steps.append(0)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.batches[-1] += 1
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.steps[-1] += 1
+
+
+BUDGET = {"batch_tokens": 100}
+PACKS = {"packing": True, "pack_length": 70, "batch_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("batching", "weight", "options"),
+    [
+        (BUDGET, 1.0, {"accumulate_grad_batches": 2}),
+        (BUDGET, 1.0, {"accumulate_grad_batches": 3, "limit_train_batches": 0.8}),
+        (PACKS, 0.45, {"accumulate_grad_batches": 4}),
+        (PACKS, 0.45, {"max_steps": 20}),
+    ],
+    ids=str,
+)
+def test_epochs_of_different_lengths_are_trained_to_their_end_and_counted_exactly(
+    batching, weight, options, uneven_rows, model_folder
+):
+    seen, counted = Seen(), Counted()
+    run = trainer(max_epochs=3, callbacks=[seen, counted], **options)
+    data = SFTDataModule(train=[Source(uneven_rows, weight=weight)], **batching)
+    module = SFTModule(base=str(model_folder("llama")), learning_rate=1e-3, final_learning_rate=0.25)
+    run.fit(module, datamodule=data)
+    plans = [data.plan(epoch) for epoch in range(3)]
+    assert len({plan.micro_batches for plan in plans}) > 1, "the epochs should differ for this to be a test"
+    assert run.global_step == data.total_steps()
+    assert run.lr_scheduler_configs[0].scheduler.get_last_lr() == [pytest.approx(0.25e-3)] * 2
+    if "max_steps" not in options:
+        assert counted.batches == counted.believed == [plan.micro_batches for plan in plans]
+        assert counted.steps == [plan.steps for plan in plans]
+        assert seen.rows == {epoch: planned(data, epoch) for epoch in range(3)}
+        assert data.total_steps() == sum(plan.steps for plan in plans)
+
+
+def test_packs_of_whole_sources_are_as_many_in_every_epoch_so_one_plan_counts_all(uneven_rows, attached):
+    options = {"max_epochs": 4, "accumulate_grad_batches": 2}
+    data = attached(train=uneven_rows, packing=True, batch_size=2, pack_length=200, options=options)
+    data.setup("fit")
+    assert not data.steps_vary
+    assert data.total_steps() == sum(data.plan(epoch).steps for epoch in range(4))
+    assert data.trainer.reload_dataloaders_every_n_epochs == 0
+
+
+def test_a_weight_says_how_often_rows_are_trained_on(ten_rows, rows_file, model_folder):
+    other = rows_file([chat(f"other {n}", "yes") for n in range(6)], "other")
+    seen = Seen()
+    run = trainer(max_epochs=2, callbacks=[seen])
+    data = SFTDataModule(train=[Source(ten_rows, weight=0.5), Source(other, weight=2.0)], batch_size=4)
+    run.fit(SFTModule(base=str(model_folder("llama"))), datamodule=data)
+    examples = data.prepared["train"].examples
+    for epoch in (0, 1):
+        names = [examples[row].meta.source for m in data.plan(epoch).rank(0) for row in m.rows]
+        assert (names.count(ten_rows), names.count(other)) == (5, 12)
+        assert sum(len(batch) for batch in seen.rows[epoch]) == 17
+    assert data.examples_per_epoch == [5, 12]
+    ledger = json.loads(json.dumps(data.ledger))["train"]
+    assert (ledger["examples"], ledger["examples_per_epoch"]) == (16, 17)
+    assert [source["weight"] for source in ledger["sources"]] == [0.5, 2.0]
+    said = summary(run, run.lightning_module)
+    assert "weight 0.5: 5 of its examples in each epoch" in said
+    assert "weight 2: 12 of its examples in each epoch" in said
+    assert "5 steps an epoch, 10 in all" in said
+
+
+def test_a_weight_counts_the_rows_that_a_split_leaves(repeated_prompts, attached):
+    data = attached(train=[Source(repeated_prompts, weight=0.5)], val_split=0.3)
+    data.setup("fit")
+    assert data.examples_per_epoch == [14]
+    assert data.plan(0).examples == 14
+
+
+@pytest.mark.parametrize(
+    ("batching", "said"),
+    [
+        ({"batch_tokens": 150}, r"up to 150 tokens \(\d\d\.\d% filled\) × 1 accumulated × 1 rank"),
+        ({"packing": True}, r"8 packs of 256 tokens \(\d\d\.\d% filled\) × 1 accumulated"),
+        (
+            {"batch_size": 3},
+            r"3 examples × 1 accumulated × 1 rank, flattened rows, no padding; 14 steps an epoch",
+        ),
+    ],
+    ids=str,
+)
+def test_the_summary_says_how_batches_are_made(batching, said, uneven_rows, model_folder):
+    run = trainer(max_epochs=1)
+    run.fit(
+        SFTModule(base=str(model_folder("llama"))), datamodule=SFTDataModule(train=uneven_rows, **batching)
+    )
+    assert re.search(said, summary(run, run.lightning_module))
+
+
+def test_the_length_of_packs_is_the_longest_an_example_may_have(ten_rows, attached):
+    assert attached(train=ten_rows, packing=True).pack_length == CONTEXT
+    assert attached(train=ten_rows, packing=True, max_length=100).pack_length == 100
+    assert attached(train=ten_rows, packing=True, max_length=100, pack_length=200).pack_length == 200
+    assert attached(train=ten_rows, max_length=100).pack_length is None
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"batch_tokens": 512, "packing": True}, "both given"),
+        ({"pack_length": 512}, "pack_length is for packs"),
+        ({"batch_tokens": 0}, "batch_tokens is 0"),
+        ({"packing": True, "pack_length": 1}, "pack_length is 1"),
+        ({"packing": True, "order": "grouped"}, "similar length"),
+        ({"batch_tokens": 512, "order": "grouped"}, "similar length"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_batches_are_refused_before_anything_is_read(options, what):
+    with pytest.raises(SFTError, match=what):
+        SFTDataModule(train="nowhere.jsonl", **options)
+
+
+def test_packs_for_a_model_that_takes_padded_rows_are_refused_with_the_reason(ten_rows, model_folder):
+    data = SFTDataModule(train=ten_rows, packing=True)
+    with pytest.raises(SFTError, match="this model gets padded ones: bloom models") as caught:
+        trainer(max_epochs=1).fit(SFTModule(base=str(model_folder("bloom"))), datamodule=data)
+    assert caught.value.where == "data.packing"
+
+
+def test_a_token_budget_counts_the_padding_of_a_model_that_takes_padded_rows(uneven_rows, model_folder):
+    sizes = []
+
+    class Sizes(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            sizes.append(batch.input_ids.numel())
+
+    data = SFTDataModule(train=uneven_rows, batch_tokens=200)
+    trainer(max_epochs=1, callbacks=[Sizes()]).fit(
+        SFTModule(base=str(model_folder("bloom"))), datamodule=data
+    )
+    assert max(sizes) <= 200
+    assert len(sizes) == data.plan(0).micro_batches

@@ -40,13 +40,19 @@ def row(words: int, weight: float) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Spread:
-    """How rows are spread: `size` per micro-batch and rank, `accumulate` micro-batches, `ranks`."""
+    """How rows are spread: `size` per micro-batch and rank, `accumulate` micro-batches, `ranks`.
+
+    With `pack`, `size` is a number of packs of so many tokens; with `tokens`, that is the budget instead.
+    """
 
     size: int
     accumulate: int = 1
     ranks: int = 1
     limit: float | int | None = None
     clip: float | None = None
+    pack: int | None = None
+    tokens: int | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,13 @@ def steps_of(tmp_path_factory, model_folder):
 def configuration(folder: Path, base: Path, rows: Path, precision: str, spread: Spread) -> Path:
     config = {
         "model": {"base": str(base), "learning_rate": 0.0},
-        "data": {"train": str(rows), "batch_size": spread.size},
+        "data": {
+            "train": [{"path": str(rows), "weight": spread.weight}],
+            "batch_size": spread.size,
+            "batch_tokens": spread.tokens,
+            "packing": spread.pack is not None,
+            "pack_length": spread.pack,
+        },
         "trainer": {
             "max_epochs": 1,
             "accelerator": "cpu",
@@ -148,6 +160,8 @@ def norm(gradients: dict[str, Tensor]) -> float:
 ONE_BATCH = Spread(8)
 ACCUMULATED = Spread(1, accumulate=8)
 TWO_RANKS = Spread(4, ranks=2)
+ALL_NINE = Spread(9)
+"""Packs and budgets put other rows together, so to compare them with rows a step has to hold all of them."""
 
 
 def assert_same_steps(steps: list[Step], expected: list[Step], precision: str) -> None:
@@ -264,6 +278,59 @@ def test_callbacks_see_the_true_gradient_and_the_optimizer_the_clipped_one(steps
     assert all(distance(step.stepped_with, step.gradients) == 0 for step in free)
 
 
+# ------------------------------------------------------------------------- packs, token budgets, weights
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "spread",
+    [
+        Spread(4, pack=200),
+        Spread(1, accumulate=4, pack=200),
+        Spread(3, accumulate=8, pack=200),  # a window of eight that ends after two micro-batches
+        Spread(tokens=1000, size=1),
+        Spread(tokens=200, size=1, accumulate=8),
+    ],
+    ids=str,
+)
+def test_packs_and_token_budgets_change_no_gradient(spread, precision, steps_of):
+    assert_same_steps(steps_of(precision, spread), steps_of(precision, ALL_NINE), precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("spread", "sizes"),
+    [
+        (Spread(1, accumulate=3, pack=200), None),
+        (Spread(1, accumulate=2, pack=200, limit=3), None),
+        (Spread(tokens=200, size=1), [3, 2, 3, 1]),
+        (Spread(tokens=200, size=1, accumulate=2, limit=0.8), [5, 3]),
+        (Spread(4, weight=0.5), [4]),
+        (Spread(4, weight=2.0), [4, 4, 4, 4, 2]),
+        (Spread(1, accumulate=4, pack=200, weight=2.0), None),
+    ],
+    ids=str,
+)
+def test_steps_of_packs_budgets_and_weights_have_the_gradient_of_their_rows(
+    spread, sizes, precision, steps_of, by_hand
+):
+    steps = steps_of(precision, spread)
+    assert sizes in (None, [len(step.rows) for step in steps])
+    assert_by_hand(steps, by_hand, precision)
+    if spread.limit is None:
+        assert sum(len(step.rows) for step in steps) == int(len(WORDS) * spread.weight + 0.1)
+
+
+def test_packs_are_clipped_like_rows(steps_of):
+    packed, rows = (
+        steps_of("64-true", spread)
+        for spread in (Spread(1, accumulate=4, pack=200, clip=0.01), Spread(3, accumulate=3, clip=0.01))
+    )
+    assert_same_steps(packed, rows, "64-true")
+    assert distance(packed[0].stepped_with, rows[0].stepped_with) < 1e-12
+    assert norm(packed[0].stepped_with) == pytest.approx(0.01, rel=1e-4)
+
+
 # ------------------------------------------------------------------------------------------- two ranks
 
 
@@ -299,3 +366,22 @@ def test_a_window_that_ends_early_on_two_ranks_has_the_gradient_of_the_rows_in_i
     steps = steps_of(precision, Spread(1, accumulate=2, ranks=2, limit=3))
     assert [len(step.rows) for step in steps] == [4, 2]
     assert_by_hand(steps, by_hand, precision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("spread", "fillers"),
+    [
+        (Spread(2, ranks=2, pack=200), 0),
+        (Spread(1, accumulate=4, ranks=2, pack=200), 0),
+        (Spread(1, accumulate=4, ranks=2, pack=220), 1),  # three packs for four places
+        (Spread(tokens=200, size=1, accumulate=4, ranks=2), 0),
+        (Spread(tokens=1000, size=1, ranks=2), 1),  # one bin: the other rank has nothing that counts
+    ],
+    ids=str,
+)
+def test_packs_and_token_budgets_on_two_ranks_change_no_gradient(spread, fillers, precision, steps_of):
+    steps = steps_of(precision, spread)
+    assert [step.fillers for step in steps] == [fillers]
+    assert_same_steps(steps, steps_of(precision, ALL_NINE), precision)
