@@ -250,6 +250,7 @@ def quieten() -> None:
         ".*treespec, LeafSpec.*",
         ".*is_gradient_checkpointing.*deprecated.*",
         "Be aware that when using `ckpt_path`, callbacks used to create.*",
+        "The dirpath has changed from .*checkpoints.* won't be reloaded",
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

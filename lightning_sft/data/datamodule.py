@@ -81,6 +81,8 @@ class SFTDataModule(LightningDataModule):
         self._seed = seed
         self.prepared: dict[str, Prepared] = {}
         self._last_plan: tuple[tuple[object, ...], BatchPlan] | None = None
+        self.start = (0, 0)
+        """Where training begins: the epoch and its micro-batch. A checkpoint sets it after `setup`."""
 
     @property
     def seed(self) -> int:
@@ -94,6 +96,7 @@ class SFTDataModule(LightningDataModule):
             SFTError: Something in the data or its options is at fault; nothing has been trained yet.
         """
         if stage == "fit":
+            self.start = (0, 0)
             self._prepare("train")
             if self.val_split is not None:
                 self._split()
@@ -152,7 +155,13 @@ class SFTDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The batches of this rank, in the plan's order, another one in every epoch."""
-        return self._loader("train", _PlanSampler(self.plan, self._attached.global_rank))
+        return self._loader("train", _PlanSampler(self.plan, self._attached.global_rank, self.start))
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Let the module seed what a training batch draws: no other hook of the batch comes before this one."""
+        if self._attached.training:
+            self._module.begin_batch()
+        return batch
 
     def val_dataloader(self) -> DataLoader[Batch] | list[object]:
         """The validation batches of this rank; an empty list where there is no validation data."""
@@ -265,18 +274,29 @@ class _Examples(Dataset[Batch]):
 
 
 class _PlanSampler(DistributedSampler[MicroBatch]):
-    """One rank's part of the plan. A `DistributedSampler`, so that Lightning leaves it in place."""
+    """One rank's part of the plan. A `DistributedSampler`, so that Lightning leaves it in place.
 
-    def __init__(self, plan_of: Callable[[int], BatchPlan], rank: int) -> None:
+    Args:
+        plan_of: The plan of an epoch.
+        rank: Whose part.
+        start: The epoch and its micro-batch to begin with. (Lightning makes the first iterator before it says
+            which epoch it is.)
+    """
+
+    def __init__(
+        self, plan_of: Callable[[int], BatchPlan], rank: int, start: tuple[int, int] = (0, 0)
+    ) -> None:
         self.plan_of = plan_of
         self.rank = rank
-        self.epoch = 0
+        self.start = start
+        self.epoch = start[0]
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return self.plan_of(self.epoch).rank(self.rank)
+        first = self.start[1] if self.epoch == self.start[0] else 0
+        return self.plan_of(self.epoch).rank(self.rank, first)
 
     def __len__(self) -> int:
-        """Micro-batches without any limit: Lightning applies `limit_train_batches` to this once more."""
+        """Micro-batches of a whole epoch without any limit: Lightning applies `limit_train_batches` once more."""
         return self.plan_of(self.epoch).available
 
 
