@@ -23,6 +23,7 @@ from lightning_sft.training.metrics_file import MetricsFile
 from lightning_sft.training.models import load_checkpoint
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.progress import Progress
+from lightning_sft.training.resuming import position
 
 
 class Parser(command_line.CommandParser, LightningArgumentParser):
@@ -147,6 +148,11 @@ class SFTCommand(LightningCLI):
         saved = load_checkpoint(self.resumed.checkpoint, weights_only=config.weights_only is not False)
         if self.resumed.folder is not None:
             self.steps_done = int(saved["global_step"])
+            epoch, batch = position(saved)
+            if run_folder.is_first_process():
+                print(
+                    f"Continuing {self.resumed.folder} after step {self.steps_done} (epoch {epoch + 1}, batch {batch})."
+                )
             if self.draws_seed:
                 old = command_line.read_config(str(self.resumed.folder / run_folder.CONFIG))
                 config.seed_everything = old.get("seed_everything", config.seed_everything)

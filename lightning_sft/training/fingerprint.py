@@ -75,9 +75,7 @@ def to_come(module: SFTModule, trainer: Trainer) -> Facts:
 def differences(old: Facts, new: Facts) -> list[str]:
     """The facts that differ, as `key: old -> new`; of a plug-in that is another, not its options besides."""
     keys = [
-        key
-        for key in dict.fromkeys([*old, *new])
-        if key not in old or key not in new or old[key] != new[key]
+        key for key in dict.fromkeys([*old, *new]) if key not in old or key not in new or old[key] != new[key]
     ]
     return [
         f"{key}: {old.get(key, 'not there')} -> {new.get(key, 'not there')}"
