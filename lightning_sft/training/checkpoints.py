@@ -138,7 +138,7 @@ class LastCheckpoint(Callback):
         for logger in trainer.loggers:
             logger.save()
         with _between(trainer):
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / CHECKPOINTS / LAST)
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / CHECKPOINTS / LAST, weights_only=False)
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         self._took = self._saved_at - begun
 

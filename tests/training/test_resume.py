@@ -73,6 +73,12 @@ CASES = {
     "max_steps, inside": (6, "batch_end:13", {"trainer": {"max_steps": 8, "max_epochs": -1}}),
     "max_steps, between epochs": (5, "batch_start:11", {"trainer": {"max_steps": 8, "max_epochs": -1}}),
     "a limit and a short last window": (6, "batch_end:13", {"trainer": {"limit_train_batches": 7}}),
+    "the last batch of an epoch is next": (9, "batch_end:10", {"trainer": {"accumulate_grad_batches": 1}}),
+    "validations counted over epochs": (
+        6,
+        "batch_end:14",
+        {"trainer": {"val_check_interval": 3, "check_val_every_n_epoch": None}},
+    ),
     "no validation": (6, "epoch_start:2", {"data": {"val_split": None}}),
 }
 
@@ -165,23 +171,40 @@ def test_the_best_checkpoint_is_the_same_one(config) -> None:
     assert len(best) == 2
 
 
-def test_sigterm_makes_a_checkpoint(config, monkeypatch) -> None:
+@pytest.mark.parametrize("batch", [6, 7], ids=["after a step", "inside an accumulation window"])
+def test_sigterm_makes_a_checkpoint(batch, config, monkeypatch) -> None:
     fit(config, "--trainer.default_root_dir", "whole", "--checkpoints.every_n_steps", "null")
+    calls = []
 
     def batch_end(self, trainer, *args) -> None:
-        if trainer.global_step == 3 and os.environ[STOP]:
+        calls.append(trainer.global_step)
+        if len(calls) == batch:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(resume_run.Stop, "on_train_batch_end", batch_end)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            fit(config, "--checkpoints.every_n_steps", "null", stop="now")
+        with monkeypatch.context() as patch:
+            patch.setattr(resume_run.Stop, "on_train_batch_end", batch_end)
+            with pytest.raises(KeyboardInterrupt):
+                fit(config, "--checkpoints.every_n_steps", "null")
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert step_of(LAST) == 3
     fit(config, "--ckpt_path", "last")
     assert metrics(RUN) == metrics(Path("whole"))
+
+
+def test_a_run_that_ended_inside_an_epoch_is_made_longer_from_there(here, model_folder) -> None:
+    constant = {"schedule": "constant", "warmup": 0}
+    config = write_config(
+        here, model_folder("llama"), model=constant, trainer={"max_epochs": -1, "max_steps": 8}
+    )
+    fit(config, "--trainer.default_root_dir", "whole")
+    fit(config, "--trainer.max_steps", "3")
+    fit(config, "--trainer.default_root_dir", "longer", "--ckpt_path", LAST)
+    whole, longer = losses(Path("whole")), losses(Path("longer"))
+    assert longer == {step: loss for step, loss in whole.items() if step >= 3}
+    assert same_weights(Path("longer"), Path("whole"))
 
 
 # ---------------------------------------------------------------------------------------- when and how they are made
@@ -304,7 +327,7 @@ def test_of_several_runs_the_newest_is_continued(stopped) -> None:
 
 
 def test_another_configuration_is_another_run_and_the_error_says_in_what(stopped) -> None:
-    with pytest.raises(SFTError, match=r"my-1, differs in\n    model\.learning_rate: 0\.01 -> 0\.02$"):
+    with pytest.raises(SFTError, match=r"my-1, differs in\n    model\.learning_rate: 0\.01 -> 0\.02\n  →"):
         fit(stopped, "--ckpt_path", "last", "--model.learning_rate", "0.02")
 
 
@@ -424,7 +447,8 @@ def test_what_changes_no_step_may_change(stopped_copy, model_folder) -> None:
     fit(stopped_copy, "--trainer.default_root_dir", "whole")
     base = Path(shutil.copytree(model_folder("llama"), "moved-base"))
     data = Path(shutil.copyfile("rows.jsonl", "moved.jsonl"))
-    other = ["--data.num_workers", "1", "--trainer.log_every_n_steps", "3", "--trainer.callbacks", "[]"]
+    other = ["--data.num_workers", "1", "--trainer.log_every_n_steps", "3"]
+    other += ["--trainer.callbacks", "[{class_path: resume_run.Noise}]"]
     other += ["--model.base", base, "--data.train", data, "--checkpoints.every_n_steps", "null"]
     fit(stopped_copy, "--ckpt_path", "last", "--trainer.default_root_dir", RUN, *other)
     assert same_weights(RUN, Path("whole"))
