@@ -7,19 +7,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_sft import assets, command_line, plugins, run_folder
+from lightning_sft import assets, command_line, plugins, resume, run_folder
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.sources import Source
 from lightning_sft.errors import SFTError
+from lightning_sft.training.checkpoints import AtomicCheckpointIO, LastCheckpoint
+from lightning_sft.training.metrics_file import MetricsFile
 from lightning_sft.training.models import load_checkpoint
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.progress import Progress
+from lightning_sft.training.resuming import position
 
 
 class Parser(command_line.CommandParser, LightningArgumentParser):
@@ -36,6 +40,9 @@ class SFTCommand(LightningCLI):
     """The commands that train and validate, on one YAML."""
 
     folder: Path | None = None
+    resumed: resume.Resume | None = None
+    steps_done = 0
+    draws_seed = False
     writer: run_folder.RunFolder | None = None
 
     def __init__(self, argv: Sequence[str]) -> None:
@@ -53,8 +60,6 @@ class SFTCommand(LightningCLI):
                 load_from_checkpoint_support=False,
             )
         except BaseException as error:
-            if self.folder is not None:
-                run_folder.release(self.folder)
             if isinstance(error, SFTError):
                 raise command_line.in_config(error, argv) from error
             begun = self.writer is not None and self.writer.started
@@ -66,6 +71,9 @@ class SFTCommand(LightningCLI):
                 _tell_how_to_go_on(self.folder)
                 raise KeyboardInterrupt from None  # Lightning exits with 1
             raise
+        finally:
+            if self.folder is not None:
+                run_folder.release(self.folder)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -78,36 +86,85 @@ class SFTCommand(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Show the default adapter and loss as what they are."""
+        """Show the default adapter and loss as what they are, and add when checkpoints are made."""
+        parser.add_class_arguments(LastCheckpoint, "checkpoints")
         for key, kind in (("model.adapter", "adapters"), ("model.loss", "losses")):
             default = plugins.default(kind)
             parser.set_defaults({key: {"class_path": f"{default.__module__}.{default.__qualname__}"}})
 
     def _parse_ckpt_path(self) -> None:
         """Leave the options as given: LightningCLI would take hyperparameters from the checkpoint."""
+        self.draws_seed = self.config[self.config.subcommand].seed_everything is True
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint, claim the run folder, and set the run's end where no option sets it."""
         chosen = self.config[self.subcommand]
         for part in ("train", "val", "test"):
             _refuse_broken_list(f"data.{part}", chosen.data[part])
-        chosen.ckpt_path = _checkpoint(chosen.ckpt_path, chosen.trainer.default_root_dir)
-        if chosen.ckpt_path is not None:
-            load_checkpoint(Path(chosen.ckpt_path), weights_only=chosen.weights_only is not False)
         if self.subcommand != "fit":
+            if chosen.ckpt_path is not None:
+                chosen.ckpt_path = str(
+                    resume.evaluated(str(chosen.ckpt_path), chosen.trainer.default_root_dir)
+                )
+                load_checkpoint(Path(chosen.ckpt_path), weights_only=chosen.weights_only is not False)
             return
-        config = self.config.fit
-        trainer = config.trainer
+        trainer = chosen.trainer
         if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
             trainer.max_epochs = 3
+        asked = chosen.ckpt_path
+        if asked is not None:
+            self._resume(str(asked))
         if trainer.fast_dev_run:
             return
-        name = Path(str(config.config[-1])).stem if config.config else "run"
-        resuming = config.ckpt_path is not None
-        self.folder = run_folder.claim(trainer.default_root_dir, name, resuming=resuming)
+        if self.resumed is not None and self.resumed.folder is not None:
+            trainer.default_root_dir = str(self.resumed.folder)
+        name = Path(str(chosen.config[-1])).stem if chosen.config else "run"
+        again = asked == resume.LAST_RUN_OR_NEW or (
+            self.resumed is not None and self.resumed.folder is not None
+        )
+        self.folder = run_folder.claim(trainer.default_root_dir, name, resuming=again)
         trainer.default_root_dir = str(self.folder)
-        if resuming:
+        if again:
             command_line.quieten_continuing(self.folder)
+
+    def _resume(self, asked: str) -> None:
+        """Find the checkpoint, and the run that it is of."""
+        config = self.config.fit
+        told = run_folder.told()
+        if told is not None and asked in (resume.LAST_RUN, resume.LAST_RUN_OR_NEW):
+            checkpoint = resume.last_of(told)
+            self.resumed = resume.Resume(checkpoint, told) if checkpoint.is_file() else None
+        else:
+            self.resumed = resume.continued(
+                asked,
+                config.trainer.default_root_dir,
+                yaml.safe_load(self._dumped()),
+                any_seed=self.draws_seed,
+            )
+        config.ckpt_path = None
+        if self.resumed is None:
+            return
+        config.ckpt_path = str(self.resumed.checkpoint)
+        saved = load_checkpoint(self.resumed.checkpoint, weights_only=config.weights_only is not False)
+        if self.resumed.folder is not None:
+            self.steps_done = int(saved["global_step"])
+            epoch, batch = position(saved)
+            if run_folder.is_first_process():
+                print(
+                    f"Continuing {self.resumed.folder} after step {self.steps_done} (epoch {epoch + 1}, batch {batch})."
+                )
+            if self.draws_seed:
+                old = command_line.read_config(str(self.resumed.folder / run_folder.CONFIG))
+                config.seed_everything = old.get("seed_everything", config.seed_everything)
+                self._set_seed()
+
+    def _dumped(self) -> str:
+        """The run's configuration as YAML; a run that was continued has that of its beginning."""
+        config = self.config.fit.clone()
+        config.pop("config", None)
+        if self.resumed is not None and self.resumed.folder is not None:
+            config.ckpt_path = None
+        return str(self._parser(self.subcommand).dump(config, skip_none=False))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with what every run has: progress, checkpoints, metrics, the run folder."""
@@ -119,46 +176,54 @@ class SFTCommand(LightningCLI):
             kwargs.setdefault("logger", given["logger"] or False)
             kwargs.setdefault("enable_checkpointing", _has(callbacks, ModelCheckpoint))
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        if given["enable_checkpointing"] is not False and not _has(callbacks, ModelCheckpoint):
-            callbacks.append(self._checkpoints())
+        keeps = given["enable_checkpointing"] is not False
+        if keeps and self._is_validated() and not _has(callbacks, ModelCheckpoint):
+            callbacks.append(self._best())
+        kwargs.setdefault("enable_checkpointing", _has(callbacks, Checkpoint))
         if given["logger"] is None or given["logger"] is True:
-            kwargs.setdefault(
-                "logger", CSVLogger(self.folder, name="", version="", flush_logs_every_n_steps=10)
-            )
-        parser = self._parser(self.subcommand)
-        config = self.config.fit.clone()
-        config.pop("config", None)
-        self.writer = run_folder.RunFolder(parser.dump(config, skip_none=False))
+            kwargs.setdefault("logger", MetricsFile(self.folder, self.steps_done))
+        plugins = _as_list(given["plugins"])
+        if not _has(plugins, CheckpointIO):
+            kwargs.setdefault("plugins", [*plugins, AtomicCheckpointIO()])
+        self.model.exact_resume = self.resumed is None or self.resumed.folder is not None
+        self.writer = run_folder.RunFolder(self._dumped())
         callbacks.insert(0, self.writer)  # before the user's: a callback that fails must not cost the model
+        if keeps:
+            callbacks.insert(0, self._get(self.config_init, "checkpoints"))  # before any hook of a next batch
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
-    def _checkpoints(self) -> ModelCheckpoint:
-        """The last checkpoint, and the best by validation loss where there is validation data."""
+    def _is_validated(self) -> bool:
+        return bool(self.datamodule.sources["val"]) or self.datamodule.val_split is not None
+
+    def _best(self) -> ModelCheckpoint:
+        """The best checkpoint by validation loss."""
         assert self.folder is not None
-        validated = bool(self.datamodule.sources["val"]) or self.datamodule.val_split is not None
         return ModelCheckpoint(
             dirpath=self.folder / run_folder.CHECKPOINTS,
             filename="epoch{epoch}-step{step}",
             auto_insert_metric_name=False,
-            monitor="val/loss" if validated else None,
-            save_last=True,
+            monitor="val/loss",
+            save_on_train_epoch_end=False,  # but after validation, whose loss no checkpoint holds
+            enable_version_counter=False,  # a run that is continued makes the same one again
         )
 
     def after_fit(self) -> None:
-        """Say where everything is.
+        """Say where everything is; write the model of a run that was killed between its last step and that.
 
         Raises:
             SFTError: There was nothing to do, as when the checkpoint is from the run's end.
         """
         if self.writer is not None and not self.writer.started:
-            checkpoint = self.config.fit.ckpt_path
-            raise SFTError(
-                "the checkpoint is from the end of the run, so there is nothing left to train"
-                if checkpoint
-                else "the run ends before its first step",
-                where=f"--ckpt_path {checkpoint}" if checkpoint else "trainer",
-                fix="raise trainer.max_epochs, max_steps or max_time",
-            )
+            if self.resumed is None or self.resumed.folder is None:
+                raise SFTError(
+                    "the checkpoint is from the end of the run, so there is nothing left to train"
+                    if self.resumed
+                    else "the run ends before its first step",
+                    where=f"--ckpt_path {self.resumed.checkpoint}" if self.resumed else "trainer",
+                    fix="raise trainer.max_epochs, max_steps or max_time",
+                )
+            if self.trainer.is_global_zero:
+                run_folder.export(self.model, self.resumed.folder)
         if self.folder is not None and self.trainer.is_global_zero:
             print(
                 f"\nThe run is in {self.folder}: "
@@ -197,7 +262,7 @@ def _was_interrupted(command: SFTCommand) -> bool:
 
 
 def _tell_how_to_go_on(folder: Path | None) -> None:
-    if folder is not None and (folder / run_folder.CHECKPOINTS / "last.ckpt").is_file():
+    if folder is not None and resume.last_of(folder).is_file():
         print(f"\nContinue: add --trainer.default_root_dir {folder} --ckpt_path last")
 
 
@@ -212,26 +277,6 @@ def _refuse_broken_list(key: str, value: object) -> None:
             parser = command_line.CommandParser()
             parser.add_argument(f"--{key}", type=Source if path.lstrip()[0] == "{" else list[Source])
             parser.parse_args([f"--{key}={path}"])
-
-
-def _checkpoint(given: Any, folder: str | None) -> str | None:
-    """The checkpoint file that `--ckpt_path` means; `last` is that of the run in `folder`."""
-    if given is None:
-        return None
-    path = Path(str(given))
-    if str(given) == "last":
-        if folder is None:
-            raise SFTError(
-                "which run's last checkpoint?",
-                where="--ckpt_path last",
-                fix="add --trainer.default_root_dir RUN",
-            )
-        path = Path(folder) / run_folder.CHECKPOINTS / "last.ckpt"
-    if not path.is_file():
-        raise SFTError(
-            "no such checkpoint", where=f"--ckpt_path {path}", fix="runs keep theirs in checkpoints/"
-        )
-    return str(path)
 
 
 def _as_list(value: Any) -> list[Any]:

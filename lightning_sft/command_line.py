@@ -250,6 +250,8 @@ def quieten() -> None:
         ".*treespec, LeafSpec.*",
         ".*is_gradient_checkpointing.*deprecated.*",
         "Be aware that when using `ckpt_path`, callbacks used to create.*",
+        "You're resuming from a checkpoint that ended before the epoch ended and your dataloader is not",
+        "The dirpath has changed from .*checkpoints.* won't be reloaded",
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

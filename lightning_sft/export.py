@@ -45,7 +45,7 @@ def export(
     if ckpt_path is not None and not is_run:
         raise SFTError("only a run has checkpoints", where=source, fix="give a run folder with --ckpt_path")
     if is_run and (ckpt_path is not None or not (run / run_folder.MODEL).is_dir()):
-        checkpoint = Path(ckpt_path) if ckpt_path else run / run_folder.CHECKPOINTS / "last.ckpt"
+        checkpoint = Path(ckpt_path) if ckpt_path else run / run_folder.CHECKPOINTS / run_folder.LAST
         folder = run / run_folder.MODEL if ckpt_path is None else run / f"model-{checkpoint.stem}"
         if output is not None and not merge:
             folder = Path(output)

@@ -5,7 +5,7 @@ runs/<config name>-<n>/
   config.yaml     the whole configuration, as `--config` takes it
   ledger.json     what became of every row and token
   metrics.csv     what was logged
-  checkpoints/    last.ckpt and the best; only what is trained
+  checkpoints/    last.ckpt, and the best by validation loss; only what is trained
   model/          at the end: the adapter or model, with tokenizer, chat template and generation config
 ```
 """
@@ -17,7 +17,7 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,75 +26,111 @@ from lightning_sft.errors import SFTError
 from lightning_sft.training.models import ADAPTER_CONFIG, MODEL_CONFIG
 
 CONFIG, LEDGER, METRICS = "config.yaml", "ledger.json", "metrics.csv"
-CHECKPOINTS, MODEL = "checkpoints", "model"
+CHECKPOINTS, LAST, MODEL = "checkpoints", "last.ckpt", "model"
+RUNS = Path("runs")
+
+_LOCK = ".lock"
 
 _SHARED = "LIGHTNING_SFT_RUN_FOLDER"  # how the first process tells those that Lightning starts for DDP
 
 
 def claim(requested: str | None, name: str, *, resuming: bool) -> Path:
-    """The folder of this run: the requested one, or the next free `runs/<name>-<n>`, created here.
-
-    Metrics of a run that is continued there are kept as `metrics-<n>.csv`: the logger starts its file anew.
+    """The folder of this run, for this process alone: the requested one, or the next free `runs/<name>-<n>`.
 
     Args:
         requested: `trainer.default_root_dir`.
         name: The config's name.
-        resuming: A checkpoint is given, so the folder may hold the run that it continues.
+        resuming: The folder may hold the run that is continued, or one that never came to a checkpoint.
 
     Raises:
-        SFTError: The requested folder already holds a run, and this one doesn't continue it; or no folder can
-            be made there.
+        SFTError: The requested folder already holds a run, and this one doesn't continue it; a process is
+            training in it; or no folder can be made there.
     """
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        return Path(os.environ.get(_SHARED) or requested or Path("runs") / name)
+    if not is_first_process():
+        return Path(os.environ.get(_SHARED) or requested or RUNS / name)
     folder = None if requested is None else Path(requested)
     if folder is not None and (folder / CONFIG).exists() and not resuming:
         raise SFTError(
             f"the folder already holds a run ({CONFIG})",
             where=f"trainer.default_root_dir: {requested}",
-            fix="choose another folder, leave it out, or continue that run with --ckpt_path",
+            fix="choose another folder, leave it out, or continue that run with --ckpt_path last",
         )
     try:
         if folder is None:
             folder = _next_free(name)
         else:
             folder.mkdir(parents=True, exist_ok=True)
+        locked = _lock(folder)
     except OSError as error:
         where = f"trainer.default_root_dir: {requested}" if requested is not None else str(Path.cwd())
         raise SFTError(
             f"the run folder can't be made: {error.strerror}", where=where, fix="choose another folder"
         ) from error
+    if not locked:
+        raise SFTError(
+            "another process is training in this folder",
+            where=f"trainer.default_root_dir: {folder}",
+            fix="wait for it, or choose another folder",
+        )
     os.environ[_SHARED] = str(folder)
-    if (folder / METRICS).exists():
-        (folder / METRICS).rename(folder / f"metrics-{len(_earlier_metrics(folder)) + 1}.csv")
     return folder
 
 
 def release(folder: Path) -> None:
-    """Undo what `claim` did if the run wrote nothing."""
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        return
-    if not (folder / METRICS).exists() and (earlier := _earlier_metrics(folder)):
-        earlier[-1].rename(folder / METRICS)
-    with suppress(OSError):
-        folder.rmdir()
+    """Let other processes have the folder, and remove it if the run wrote nothing."""
+    if is_first_process():
+        _unlock(folder)
+        with suppress(OSError):
+            folder.rmdir()
 
 
-def _earlier_metrics(folder: Path) -> list[Path]:
-    return sorted(folder.glob("metrics-*.csv"), key=lambda path: (len(path.name), path.name))
+def is_first_process() -> bool:
+    """Whether this is the process that decides; the others are told by it, or find the same as it."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def told() -> Path | None:
+    """The folder that the first process has told this one, which it has started."""
+    folder = os.environ.get(_SHARED)
+    return Path(folder) if folder is not None and not is_first_process() else None
+
+
+_locks: dict[Path, IO[str]] = {}
+
+
+def _lock(folder: Path) -> bool:
+    """Take the folder for this process; the system frees it when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    file = (folder / _LOCK).open("w")
+    try:
+        # lockf, not flock: the workers of a killed run would hold on to a lock that they inherit
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return False
+    _locks[folder] = file
+    return True
+
+
+def _unlock(folder: Path) -> None:
+    if (file := _locks.pop(folder, None)) is not None:
+        (folder / _LOCK).unlink(missing_ok=True)
+        file.close()
 
 
 def _next_free(name: str) -> Path:
-    runs = Path("runs")
-    runs.mkdir(exist_ok=True)
+    RUNS.mkdir(exist_ok=True)
     number = 1
     while True:
         try:
-            (runs / f"{name}-{number}").mkdir()
+            (RUNS / f"{name}-{number}").mkdir()
         except FileExistsError:
             number += 1
         else:
-            return runs / f"{name}-{number}"
+            return RUNS / f"{name}-{number}"
 
 
 def model_folder(source: str) -> Path:
@@ -160,9 +196,13 @@ class RunFolder(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Export what was trained; `model/` is there only when it is whole."""
         if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir)
-            partial = folder / f"{MODEL}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            pl_module.export(partial)
-            shutil.rmtree(folder / MODEL, ignore_errors=True)
-            partial.rename(folder / MODEL)
+            export(pl_module, Path(trainer.default_root_dir))
+
+
+def export(module: Any, folder: Path) -> None:
+    """Write `model/` of the run; it is there only when it is whole."""
+    partial = folder / f"{MODEL}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    module.export(partial)
+    shutil.rmtree(folder / MODEL, ignore_errors=True)
+    partial.rename(folder / MODEL)

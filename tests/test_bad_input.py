@@ -549,7 +549,7 @@ def a_checkpoint_that_is_not_there(place: Place) -> list[str]:
     return place.fit("--ckpt_path", "gone.ckpt")
 
 
-@says("--ckpt_path last", "which run's", "--trainer.default_root_dir")
+@says("--ckpt_path last", "no unfinished run of this configuration", "runs", "--ckpt_path auto")
 def the_last_checkpoint_of_no_run(place: Place) -> list[str]:
     return place.fit("--ckpt_path", "last")
 
@@ -583,22 +583,37 @@ def a_file_of_tensors(place: Place) -> list[str]:
     return place.fit("--ckpt_path", "tensor.ckpt")
 
 
-@says("--ckpt_path", "other parameters than this run trains", "lora_A", "config.yaml")
+@says("--ckpt_path", "not the one that the checkpoint is of", "LoRA -> ", "full.Full", "config.yaml")
 def a_checkpoint_of_another_adapter(place: Place) -> list[str]:
     return place.fit("--ckpt_path", str(place.run / "checkpoints" / "last.ckpt"))
 
 
-@says("--ckpt_path", "differ in name or shape", "config.yaml")
+@says("--ckpt_path", "not the one that the checkpoint is of", "model.adapter.r: 16 -> 4", "config.yaml")
 def a_checkpoint_of_another_rank(place: Place) -> list[str]:
     checkpoint = str(place.run / "checkpoints" / "last.ckpt")
     return place.fit("--model.adapter", "LoRA", "--model.adapter.r", "4", "--ckpt_path", checkpoint)
 
 
-@says("--ckpt_path", "the end of the run", "raise trainer.max_epochs")
+@says("--ckpt_path", "is finished", "start a new run", "max_epochs")
 def a_run_that_is_finished(place: Place) -> list[str]:
-    run = place.broken_run()
-    where = ["--trainer.default_root_dir", str(run), "--ckpt_path", "last"]
+    where = ["--trainer.default_root_dir", str(place.run), "--ckpt_path", "last"]
     return place.fit("--model.adapter", "LoRA", *where)
+
+
+@says("--ckpt_path", "the end of the run", "raise trainer.max_epochs")
+def a_new_run_of_no_step(place: Place) -> list[str]:
+    checkpoint = str(place.run / "checkpoints" / "last.ckpt")
+    return place.fit("--model.adapter", "LoRA", "--ckpt_path", checkpoint)
+
+
+@says("--ckpt_path last", "there is no run in", "--ckpt_path auto")
+def the_last_checkpoint_of_an_empty_folder(place: Place) -> list[str]:
+    return place.fit("--trainer.default_root_dir", "empty", "--ckpt_path", "last")
+
+
+@says("--ckpt_path last", "which run's", "--trainer.default_root_dir")
+def the_last_checkpoint_to_validate(place: Place) -> list[str]:
+    return ["validate", *place.fit("--ckpt_path", "last")[1:]]
 
 
 @says("trainer", "ends before its first step", "raise trainer.max_epochs")
@@ -830,10 +845,10 @@ def test_a_refused_continuation_leaves_the_earlier_run_as_it_was(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = place.broken_run()
+    shutil.rmtree(run / "model")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     where = ["--trainer.default_root_dir", str(run), "--ckpt_path", "last"]
     message(capsys, place.fit("--model.adapter", "LoRA", "--model.adapter.r", "4", *where))
-    message(capsys, place.fit("--model.adapter", "LoRA", *where))
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 

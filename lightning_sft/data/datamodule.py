@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader
 
-from lightning_sft.data.batch import Batch, Collate
+from lightning_sft.data.batch import Batch
+from lightning_sft.data.loading import Examples, PlanSampler, as_it_is
 from lightning_sft.data.mixture import check_weights, draw, rows_per_epoch
 from lightning_sft.data.packing import check_options
-from lightning_sft.data.plan import BatchPlan, MicroBatch
+from lightning_sft.data.plan import BatchPlan
 from lightning_sft.data.prepare import Overlong, Prepared, check_ids, check_losses, prepare
 from lightning_sft.data.sources import Source
 from lightning_sft.data.split import shared_prompts, split_indices
 from lightning_sft.errors import SFTError
-from lightning_sft.example import Example
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -106,6 +105,8 @@ class SFTDataModule(LightningDataModule):
         self.prepared: dict[str, Prepared] = {}
         self._last_plan: tuple[tuple[object, ...], BatchPlan] | None = None
         self._total_steps: dict[tuple[object, ...], int] = {}
+        self.start = (0, 0)
+        """Where training begins: the epoch and its micro-batch. A checkpoint sets it after `setup`."""
 
     @property
     def seed(self) -> int:
@@ -119,6 +120,7 @@ class SFTDataModule(LightningDataModule):
             SFTError: Something in the data or its options is at fault; nothing has been trained yet.
         """
         if stage == "fit":
+            self.start = (0, 0)
             self._prepare("train")
             if self.val_split is not None:
                 self._split()
@@ -237,9 +239,15 @@ class SFTDataModule(LightningDataModule):
                 where="data.packing",
                 fix="set data.batch_tokens or data.batch_size instead",
             )
-        sampler = _PlanSampler(self.plan, self._attached.global_rank)
-        sampler.set_epoch(self._attached.current_epoch)
+        sampler = PlanSampler(self.plan, self._attached.global_rank, self.start)
+        sampler.set_epoch(max(self.start[0], self._attached.current_epoch))
         return self._loader("train", sampler)
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Let the module seed what a training batch draws: no other hook of the batch comes before this one."""
+        if self._attached.training:
+            self._module.begin_batch()
+        return batch
 
     def val_dataloader(self) -> DataLoader[Batch] | list[object]:
         """The validation batches of this rank; an empty list where there is no validation data."""
@@ -337,48 +345,17 @@ class SFTDataModule(LightningDataModule):
             world_size=trainer.world_size,
             order="given",
         )
-        return self._loader(part, _PlanSampler(lambda epoch: plan, trainer.global_rank))
+        return self._loader(part, PlanSampler(lambda epoch: plan, trainer.global_rank))
 
-    def _loader(self, part: str, sampler: _PlanSampler) -> DataLoader[Batch]:
+    def _loader(self, part: str, sampler: PlanSampler) -> DataLoader[Batch]:
         return DataLoader(
-            _Examples(self.prepared[part].examples, self._module.layout.collate),
+            Examples(self.prepared[part].examples, self._module.layout.collate),
             sampler=sampler,
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
-
-
-class _Examples(Dataset[Batch]):
-    """Micro-batches by what the plan says of them."""
-
-    def __init__(self, examples: Sequence[Example], collate: Collate) -> None:
-        self.examples = examples
-        self.collate = collate
-
-    def __getitem__(self, micro: MicroBatch) -> Batch:
-        examples = [self.examples[row] for row in micro.rows]
-        batch = self.collate(examples, micro.num_items)
-        if micro.filler:
-            batch.weights = torch.zeros_like(batch.weights)
-        return batch
-
-
-class _PlanSampler(DistributedSampler[MicroBatch]):
-    """One rank's part of the plan. A `DistributedSampler`, so that Lightning leaves it in place."""
-
-    def __init__(self, plan_of: Callable[[int], BatchPlan], rank: int) -> None:
-        self.plan_of = plan_of
-        self.rank = rank
-        self.epoch = 0
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        return self.plan_of(self.epoch).rank(self.rank)
-
-    def __len__(self) -> int:
-        """Micro-batches without any limit: Lightning applies `limit_train_batches` to this once more."""
-        return self.plan_of(self.epoch).available
 
 
 def _at_least(option: str, value: int | None, least: int) -> None:
@@ -391,7 +368,3 @@ def _sources(given: Sources | None) -> list[Source]:
         return []
     listed = [given] if isinstance(given, str) else given
     return [Source(path=each) if isinstance(each, str) else each for each in listed]
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

@@ -18,6 +18,7 @@ from lightning_sft.data.split import prompt_key
 from lightning_sft.errors import SFTError
 from lightning_sft.example import Example
 from lightning_sft.rendering import Renderer
+from lightning_sft.training.fingerprint import examples_digest
 
 Overlong = Literal["drop", "truncate_right"]
 
@@ -58,6 +59,11 @@ class Prepared:
             self.ledgers,
             [self.sources[row] for row in rows],
         )
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the examples in their order: token ids and weights."""
+        return examples_digest(self.examples)
 
 
 def prepare(

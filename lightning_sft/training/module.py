@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,6 +22,7 @@ from lightning_sft.training.head import NLL, weighted_loss
 from lightning_sft.training.layout import Layout, causal_lm, find_layout, hidden_states, stock_attention
 from lightning_sft.training.metrics import TokenLoss, TokenPerplexity
 from lightning_sft.training.models import absolute, context_length, load_config, load_model, load_tokenizer
+from lightning_sft.training.resuming import Resumable
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _PRECISION_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
-class SFTModule(LightningModule):
+class SFTModule(Resumable):
     """Fine-tunes a causal language model on the trained tokens of its batches.
 
     The loss of an optimizer step is Σ weight · loss over all its tokens, on every rank and in every
@@ -92,7 +92,6 @@ class SFTModule(LightningModule):
         self.final_learning_rate = final_learning_rate
         _check_options(self)
         self.model: PreTrainedModel | None = None
-        self.strict_loading = False  # checkpoints hold only what is trained
         self.metrics = nn.ModuleDict(
             {
                 stage: nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
@@ -220,6 +219,7 @@ class SFTModule(LightningModule):
         Raises:
             SFTError: Accumulation changes over the run, or Lightning would replace the batch order.
         """
+        super().on_fit_start()
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             raise SFTError(
                 "GradientAccumulationScheduler changes how many tokens a step has behind the batch plan's back",
@@ -266,6 +266,11 @@ class SFTModule(LightningModule):
         self.log("train/tokens_per_second", rate, prog_bar=True, batch_size=1)
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
 
+    def on_train_start(self) -> None:
+        """Leave what happened before out of the tokens per second."""
+        super().on_train_start()
+        self._tokens, self._clock, self._step_loss = 0, time.monotonic(), None
+
     def on_train_epoch_start(self) -> None:
         """Leave what happened between epochs out of the tokens per second."""
         self._tokens, self._clock = 0, time.monotonic()
@@ -288,7 +293,7 @@ class SFTModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over what is trained, with the schedule stepped after every optimizer step."""
-        total_steps = self._total_steps()
+        total_steps = self.total_steps()
         warmup = schedules.warmup_steps(self.warmup, total_steps)
         epochs = self.trainer.max_epochs
         ends = self.trainer.max_steps >= 0 or (epochs is not None and epochs >= 0)
@@ -319,36 +324,14 @@ class SFTModule(LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _total_steps(self) -> int:
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; 0 if the trainer sets no end."""
         from lightning_sft.data.datamodule import SFTDataModule
 
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, SFTDataModule):
             return data.total_steps()
         return int(self.trainer.estimated_stepping_batches)
-
-    # -------------------------------------------------------------------------------------- checkpoints
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what is trained: the frozen base is where it came from."""
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that holds other parameters than this run trains.
-
-        Raises:
-            SFTError: With the first few names that are missing or too many.
-        """
-        trained = {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad}
-        saved = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
-        if different := sorted({name for name, _ in trained.items() ^ saved.items()}):
-            raise SFTError(
-                f"the checkpoint holds other parameters than this run trains ({len(different)} differ in name "
-                f"or shape, the first: {', '.join(different[:3])})",
-                where="--ckpt_path",
-                fix="use the model and adapter options of the run that wrote it (its config.yaml)",
-            )
 
 
 def _check_options(module: SFTModule) -> None:

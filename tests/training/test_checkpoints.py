@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from lightning_sft import Renderer, SFTDataModule, SFTError, SFTModule, cli
 from lightning_sft.data.prepare import prepare
 from lightning_sft.data.sources import Source
+from lightning_sft_adapters.full import Full
 from lightning_sft_adapters.lora import LoRA
 from lightning_sft_losses.cross_entropy import CrossEntropy
 
@@ -171,17 +172,17 @@ def test_fit_from_a_checkpoint_goes_on_with_its_parameters_and_its_step(lora_run
 @pytest.mark.parametrize(
     "adapter",
     [
-        "Full",
-        {"class_path": "LoRA", "init_args": {"r": 4, "target_modules": ["q_proj"]}},
-        {"class_path": "LoRA", "init_args": {"r": 4, "target_modules": ["q_proj", "v_proj", "o_proj"]}},
-        {"class_path": "LoRA", "init_args": {"r": 8, "target_modules": ["q_proj", "v_proj"]}},
+        Full(),
+        LoRA(r=4, target_modules=["q_proj"]),
+        LoRA(r=4, target_modules=["q_proj", "v_proj", "o_proj"]),
+        LoRA(r=8, target_modules=["q_proj", "v_proj"]),
     ],
     ids=["Full", "fewer layers", "more layers", "another rank"],
 )
-def test_a_checkpoint_of_other_adapter_options_is_refused(adapter, lora_run, configure):
-    config, _ = configure(adapter=adapter, epochs=2)
+def test_a_checkpoint_of_other_parameters_is_refused(adapter, lora_run, data, model_folder):
+    last = str(lora_run / "checkpoints" / "last.ckpt")
     with pytest.raises(SFTError, match="checkpoint holds other parameters") as caught:
-        command("fit", "--config", config, "--ckpt_path", lora_run / "checkpoints" / "last.ckpt")
+        validated(SFTModule(str(model_folder("llama")), adapter), data, ckpt_path=last)
     assert caught.value.where == "--ckpt_path"
     assert "self_attn" in caught.value.what or "embed_tokens" in caught.value.what
 
