@@ -24,6 +24,8 @@ from lightning_sft.training.head import Head, head_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lightning_sft.training.router_loss import RouterLoss
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -47,18 +49,25 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return cast("PreTrainedModel", model.get_base_model() if hasattr(model, "get_base_model") else model)  # type: ignore[operator]
 
 
-def hidden_states(model: nn.Module, batch: Batch, *, own_logits: bool) -> Tensor:
-    """The last hidden states `[n, H]` (or the logits `[n, V]`) at the batch's `n` positions."""
+def hidden_states(
+    model: nn.Module, batch: Batch, *, own_logits: bool, router: RouterLoss | None = None
+) -> Tensor:
+    """The last hidden states `[n, H]` (or the logits `[n, V]`) at the batch's `n` positions.
+
+    A `router` gets what the experts' routers gave on the way.
+    """
     inner = causal_lm(model)
     inputs: dict[str, object] = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.segments is not None:
         inputs.update(position_ids=batch.position_ids, segments=batch.segments)
     else:
         inputs.update(attention_mask=batch.attention_mask)
-    if own_logits:
-        out: Tensor = inner(**inputs).logits
-    else:
-        out = inner.base_model(**inputs)[0]
+    if router is not None:
+        inputs["output_router_logits"] = True
+    outputs = inner(**inputs) if own_logits else inner.base_model(**inputs)
+    if router is not None:
+        router.add(outputs.router_logits, batch.attention_mask)
+    out: Tensor = outputs.logits if own_logits else outputs[0]
     return out.flatten(0, 1).index_select(0, batch.positions)
 
 
