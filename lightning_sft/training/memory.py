@@ -64,7 +64,7 @@ def explained(module: SFTModule) -> Iterator[None]:
             raise
         batch = module.watch.batch
         raise SFTError(
-            f"out of memory at {_shape(batch) if batch is not None else 'the optimizer step'}; "
+            f"out of memory at {in_words(batch) if batch is not None else 'the optimizer step'}; "
             + "about "
             + ", ".join(f"{_gib(size)} GiB for {part}" for part, size in estimate(module, batch).items()),
             where=str(module.device),
@@ -115,10 +115,12 @@ def shape(batch: Batch) -> dict[str, int]:
     }
 
 
-def _shape(batch: Batch) -> str:
+def in_words(batch: Batch) -> str:
+    """The shape of a batch, for people."""
     known = shape(batch)
+    rows = "1 row" if known["rows"] == 1 else f"{known['rows']:,} rows"
     return (
-        f"a batch of {known['rows']:,} rows with {known['tokens']:,} tokens (the longest {known['longest']:,}), "
+        f"a batch of {rows} with {known['tokens']:,} tokens (the longest {known['longest']:,}), "
         f"{known['targets']:,} of them trained"
     )
 

@@ -56,14 +56,14 @@ class Report:
     """What preflight found.
 
     Args:
-        heaviest: Rows, tokens, longest row and targets of the heaviest micro-batch.
+        heaviest: The heaviest micro-batch in words: rows, tokens, longest row and targets.
         loss: Its loss per unit of weight.
         unreached: Trained parameters that no gradient reaches, where that is the model's own way.
         still: Trained parameters whose gradient is zero throughout.
         checkpoint: Whether a checkpoint was written and read.
     """
 
-    heaviest: dict[str, int]
+    heaviest: str
     loss: float
     unreached: tuple[str, ...]
     still: tuple[str, ...]
@@ -117,7 +117,7 @@ def preflight(module: SFTModule) -> Report | None:
         with _buffers_kept(module):
             loss, unreached, still = _check_gradients(module, batch, small)
         checkpoint = _check_checkpoint(module, small)
-    report = Report(memory.shape(batch), loss, unreached, still, checkpoint)
+    report = Report(memory.in_words(batch), loss, unreached, still, checkpoint)
     _tell(report)
     return report
 
@@ -319,10 +319,8 @@ def _evaluate(module: SFTModule, batch: Batch) -> float:
 
 
 def _tell(report: Report) -> None:
-    known = report.heaviest
     rank_zero_info(
-        f"Preflight: the heaviest micro-batch ({known['rows']:,} rows, {known['tokens']:,} tokens, the longest "
-        f"{known['longest']:,}) fits, loss {report.loss:.3f}"
+        f"Preflight: the heaviest micro-batch fits ({report.heaviest}), loss {report.loss:.3f}"
         + ("; a checkpoint reads back" if report.checkpoint else "; no checkpoint was tried, it is large")
         + "."
     )
