@@ -108,7 +108,7 @@ class Watch:
         if scaler is None and fused:
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-            if bad.device.type == "cpu" or (trainer.global_step + 1) % max(1, every) == 0:
+            if _known_at_once(bad) or (trainer.global_step + 1) % max(1, every) == 0:
                 self.settle(module)
         elif self.settle(module):
             if fused:  # the scaler looks at the gradients only later, and then leaves the step out
@@ -189,6 +189,11 @@ class GuardedModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Stop before the epoch's checkpoint if a step was bad."""
         self.watch.settle(self)
+
+
+def _known_at_once(answer: Tensor) -> bool:
+    """Whether the host can read a tensor without waiting for a device."""
+    return answer.device.type == "cpu"
 
 
 def refuse_bad_weights(module: LightningModule) -> None:

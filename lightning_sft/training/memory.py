@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,27 +102,16 @@ def estimate(module: SFTModule, batch: Batch | None) -> dict[str, float]:
     }
 
 
-def shape(batch: Batch) -> dict[str, int]:
-    """Rows, tokens (with padding), the longest row and the targets of a batch."""
+def in_words(batch: Batch) -> str:
+    """The shape of a batch, for people: rows, tokens with padding, the longest row, and the targets."""
+    rows = "1 row" if len(batch.metas) == 1 else f"{len(batch.metas):,} rows"
     if batch.segments is None:
         longest = batch.input_ids.shape[1]
     else:
-        longest = max(end - start for start, end in zip(batch.segments, batch.segments[1:], strict=False))
-    return {
-        "rows": len(batch.metas),
-        "tokens": batch.input_ids.numel(),
-        "longest": longest,
-        "targets": len(batch.targets),
-    }
-
-
-def in_words(batch: Batch) -> str:
-    """The shape of a batch, for people."""
-    known = shape(batch)
-    rows = "1 row" if known["rows"] == 1 else f"{known['rows']:,} rows"
+        longest = max(end - start for start, end in pairwise(batch.segments))
     return (
-        f"a batch of {rows} with {known['tokens']:,} tokens (the longest {known['longest']:,}), "
-        f"{known['targets']:,} of them trained"
+        f"a batch of {rows} with {batch.input_ids.numel():,} tokens (the longest {longest:,}), "
+        f"{len(batch.targets):,} of them trained"
     )
 
 

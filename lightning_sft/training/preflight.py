@@ -117,6 +117,7 @@ def preflight(module: SFTModule) -> Report | None:
         with _buffers_kept(module):
             loss, unreached, still = _check_gradients(module, batch, small)
         checkpoint = _check_checkpoint(module, small)
+        module.watch.batch = None
     report = Report(memory.in_words(batch), loss, unreached, still, checkpoint)
     _tell(report)
     return report
