@@ -51,8 +51,8 @@ class SFTModule(GuardedModule):
         dtype: Type of the loaded weights; by default what `trainer.precision` implies: bfloat16 for
             `bf16-true`, float16 for `16-true`, else float32.
         trust_remote_code: Run model code that comes with the base. Only for sources you trust.
-        gradient_checkpointing: Keep only each layer's input and compute the rest again: less memory, about a third
-            more time.
+        gradient_checkpointing: Keep only each layer's input and compute the rest again: less memory for one more
+            forward pass.
         router_aux_loss: The load-balancing loss of mixture-of-experts models: true, false or a coefficient; by
             default as the base's configuration says (`output_router_logits`, `router_aux_loss_coef`).
         preflight: Before the first step, try layout, gradients, memory and checkpoints on this model and these rows.

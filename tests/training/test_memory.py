@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -76,8 +77,7 @@ def folder(tmp_path_factory, tokenizer):
         tokenizer.save_pretrained(path)
         return str(path)
 
-    made: dict[str, str] = {}
-    return lambda name: made.setdefault(name, "") or made.__setitem__(name, make(name)) or made[name]
+    return cache(make)
 
 
 def step(base: str, adapter: str, checkpointing: bool):
@@ -99,12 +99,15 @@ def step(base: str, adapter: str, checkpointing: bool):
     return module, float(loss.detach()), gradients, saved.bytes
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3_moe", "bloom", "mamba"])
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [("llama", "full"), ("llama", "lora"), ("llama", "dora"), ("gpt2", "full"), ("gpt2", "lora"),
+     ("gemma2", "full"), ("qwen3_moe", "full"), ("bloom", "lora")],
+)  # fmt: skip
 def test_gradients_are_the_same_dropout_included_and_less_is_kept(name, adapter, folder):
     plain, loss, gradients, kept = step(folder(name), adapter, checkpointing=False)
-    module, other, recomputed, still_kept = step(folder(name), adapter, checkpointing=True)
-    assert (plain.layout.padded_because is None) == (name not in ("bloom", "mamba"))
+    _, other, recomputed, still_kept = step(folder(name), adapter, checkpointing=True)
+    assert (plain.layout.padded_because is None) == (name != "bloom")
     assert other == loss
     assert recomputed.keys() == gradients.keys()
     for key, gradient in gradients.items():
@@ -115,7 +118,6 @@ def test_gradients_are_the_same_dropout_included_and_less_is_kept(name, adapter,
             ), key
     assert any(gradient is not None and gradient.any() for gradient in recomputed.values())
     assert still_kept < 0.45 * kept
-    assert module.loaded.get_input_embeddings().weight.grad is not None or adapter != "full"
 
 
 def test_in_frozen_layers_every_adapter_gets_its_gradient(folder):
@@ -128,7 +130,7 @@ def test_in_frozen_layers_every_adapter_gets_its_gradient(folder):
 def test_validation_does_not_recompute(folder):
     module, _, _, _ = step(folder("llama"), "full", checkpointing=True)
     calls = []
-    causal_lm(module.loaded).model.layers[0].mlp.register_forward_hook(lambda *args: calls.append(1))
+    causal_lm(module.loaded).model.layers[0].mlp.register_forward_pre_hook(lambda *args: calls.append(1))
     batch = module.layout.collate(zoo.examples(), 1.0)
     module.weighted_loss(batch, module.loss).backward()
     assert len(calls) == 2
