@@ -54,3 +54,18 @@ def test_the_format_of_the_plugin_guide_works():
     (conversation,) = format.convert({"question": "a?", "answer": "b", "language": "en"})
     assert [m.content for m in conversation.messages] == ["a?", "b"]
     assert not list(format.convert({"question": "a?", "answer": "b", "language": "de"}))
+
+
+def test_the_loss_of_the_plugin_guide_is_what_it_says():
+    import torch
+
+    from lightning_sft import TokenBatch
+
+    text = (ROOT / "docs/plugins.md").read_text(encoding="utf-8")
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Loss" in block)
+    names: dict[str, object] = {}
+    exec(code, names)
+    logits, targets = torch.randn(5, 7), torch.arange(5)
+    p = logits.softmax(-1)[torch.arange(5), targets]
+    found = names["Focal"](gamma=1.5).per_token(TokenBatch(logits, targets, torch.ones(5)))
+    assert torch.allclose(found, -((1 - p) ** 1.5) * p.log(), atol=1e-6)

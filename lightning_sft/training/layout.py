@@ -24,6 +24,8 @@ from lightning_sft.training.head import Head, head_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lightning_sft.training.router_loss import RouterLoss
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -47,18 +49,34 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return cast("PreTrainedModel", model.get_base_model() if hasattr(model, "get_base_model") else model)  # type: ignore[operator]
 
 
-def hidden_states(model: nn.Module, batch: Batch, *, own_logits: bool) -> Tensor:
-    """The last hidden states `[n, H]` (or the logits `[n, V]`) at the batch's `n` positions."""
+def backbone(inner: PreTrainedModel) -> nn.Module:
+    """The model without its head; the model itself where it can't be told apart.
+
+    `base_model` goes by a name, which may lead nowhere (Llama 4): it is the whole model then.
+    """
+    found = inner.base_model if inner.base_model is not inner else inner.get_decoder()
+    return cast(nn.Module, found)
+
+
+def hidden_states(
+    model: nn.Module, batch: Batch, *, own_logits: bool, router: RouterLoss | None = None
+) -> Tensor:
+    """The last hidden states `[n, H]` (or the logits `[n, V]`) at the batch's `n` positions.
+
+    A `router` gets what the experts' routers gave on the way.
+    """
     inner = causal_lm(model)
     inputs: dict[str, object] = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.segments is not None:
         inputs.update(position_ids=batch.position_ids, segments=batch.segments)
     else:
         inputs.update(attention_mask=batch.attention_mask)
-    if own_logits:
-        out: Tensor = inner(**inputs).logits
-    else:
-        out = inner.base_model(**inputs)[0]
+    if router is not None:
+        inputs["output_router_logits"] = True
+    outputs = inner(**inputs) if own_logits else backbone(inner)(**inputs)
+    if router is not None:
+        router.add(outputs.router_logits, batch.attention_mask)
+    out: Tensor = outputs.logits if own_logits else outputs[0]
     return out.flatten(0, 1).index_select(0, batch.positions)
 
 
@@ -73,7 +91,7 @@ def find_layout(model: nn.Module, pad_id: int) -> Layout:
     lengths = _trial_lengths(inner)
     with evaluating(model), torch.no_grad():
         rows = _trial_rows(inner, lengths)
-        separate = [inner.base_model(input_ids=row, use_cache=False)[0] for row in rows]
+        separate = [backbone(inner)(input_ids=row, use_cache=False)[0] for row in rows]
         head, own_logits = _choose_head(inner, rows[0], separate[0])
         because = _flattened_fails(inner, rows, separate)
     collate: Collate = partial(pad, pad_id=pad_id) if because else flatten
@@ -99,7 +117,7 @@ def _stock(inner: PreTrainedModel) -> str:
 
 
 def _choose_head(inner: PreTrainedModel, row: Tensor, hidden: Tensor) -> tuple[Head, bool]:
-    if isinstance(inner.get_output_embeddings(), nn.Module):
+    if isinstance(inner.get_output_embeddings(), nn.Module) and backbone(inner) is not inner:
         head = head_of(inner)
         ours, own = head(hidden[0]), inner(input_ids=row, use_cache=False).logits[0]
         if ours.shape == own.shape and _apart(ours, own) <= _tolerance(own):
@@ -151,7 +169,7 @@ def _packed(inner: PreTrainedModel, rows: list[Tensor]) -> Tensor:
     lengths = [row.shape[1] for row in rows]
     segments = (0, *torch.tensor(lengths).cumsum(0).tolist())
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(rows[0].device)
-    out: Tensor = inner.base_model(
+    out: Tensor = backbone(inner)(
         input_ids=torch.cat(rows, dim=1), position_ids=positions, segments=segments, use_cache=False
     )[0]
     return out

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -18,11 +16,15 @@ from lightning_sft.bases import Adapter, Loss
 from lightning_sft.errors import SFTError
 from lightning_sft.rendering import Renderer
 from lightning_sft.training import schedule as schedules
+from lightning_sft.training.guard import GuardedModule, OnBadLoss, Watch, refuse_bad_weights
 from lightning_sft.training.head import NLL, weighted_loss
 from lightning_sft.training.layout import Layout, causal_lm, find_layout, hidden_states, stock_attention
+from lightning_sft.training.memory import checkpoint_layers, explained
 from lightning_sft.training.metrics import TokenLoss, TokenPerplexity
 from lightning_sft.training.models import absolute, context_length, load_config, load_model, load_tokenizer
+from lightning_sft.training.preflight import check_trainer, preflight
 from lightning_sft.training.resuming import Resumable
+from lightning_sft.training.router_loss import RouterLoss, router_loss
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 _PRECISION_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
-class SFTModule(Resumable):
+class SFTModule(GuardedModule, Resumable):
     """Fine-tunes a causal language model on the trained tokens of its batches.
 
     The loss of an optimizer step is Σ weight · loss over all its tokens, on every rank and in every
@@ -50,6 +52,13 @@ class SFTModule(Resumable):
         dtype: Type of the loaded weights; by default what `trainer.precision` implies: bfloat16 for
             `bf16-true`, float16 for `16-true`, else float32.
         trust_remote_code: Run model code that comes with the base. Only for sources you trust.
+        gradient_checkpointing: Keep only each layer's input and compute the rest again: less memory for one more
+            forward pass.
+        router_aux_loss: The load-balancing loss of mixture-of-experts models: true, false or a coefficient; by
+            default as the base's configuration says (`output_router_logits`, `router_aux_loss_coef`).
+        preflight: Before the first step, try layout, gradients, memory and checkpoints on this model and these rows.
+        on_bad_loss: What follows a loss or gradient that is NaN or infinite: `stop`, or go on without the step
+            (`skip`). It is never applied.
         learning_rate: Peak learning rate; by default the adapter's (LoRA 2e-4, Full 1e-5).
         weight_decay: AdamW's decay of weight matrices; norms and biases are not decayed.
         betas: AdamW's coefficients of the running averages.
@@ -68,6 +77,10 @@ class SFTModule(Resumable):
         chat_template: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
         trust_remote_code: bool = False,
+        gradient_checkpointing: bool = False,
+        router_aux_loss: bool | float | None = None,
+        preflight: bool = True,
+        on_bad_loss: OnBadLoss = "stop",
         learning_rate: float | None = None,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -84,6 +97,11 @@ class SFTModule(Resumable):
         self.chat_template = chat_template
         self.load_dtype = dtype
         self.trust_remote_code = trust_remote_code
+        self.gradient_checkpointing = gradient_checkpointing
+        self.router_aux_loss = router_aux_loss
+        self.router: RouterLoss | None = None
+        self.preflight = preflight
+        self.watch = Watch(on_bad_loss)
         self.learning_rate = self.adapter.default_learning_rate if learning_rate is None else learning_rate
         self.weight_decay = weight_decay
         self.betas = betas
@@ -178,6 +196,9 @@ class SFTModule(Resumable):
                 where="model.adapter",
                 fix="change its options",
             )
+        self.router = router_loss(self.model, self.router_aux_loss)
+        if self.gradient_checkpointing:
+            checkpoint_layers(self.model)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Moved, never cast: Lightning's `*-true` precisions would round metric sums, RoPE tables and adapters.
@@ -196,6 +217,7 @@ class SFTModule(Resumable):
 
     def export(self, folder: Path) -> None:
         """Write the adapter or model with tokenizer, chat template and generation config to `folder`."""
+        refuse_bad_weights(self)
         folder.mkdir(parents=True, exist_ok=True)
         generation = causal_lm(self.loaded).generation_config
         generation.eos_token_id = list(self.renderer.stop_token_ids)
@@ -214,55 +236,51 @@ class SFTModule(Resumable):
     # ------------------------------------------------------------------------------------------- steps
 
     def on_fit_start(self) -> None:
-        """Refuse what would make the plan's step sizes wrong.
+        """Refuse what would make the plan's step sizes wrong; then try model and rows (`preflight`).
 
         Raises:
-            SFTError: Accumulation changes over the run, or Lightning would replace the batch order.
+            SFTError: Accumulation changes over the run, Lightning would replace the batch order, or preflight fails.
         """
         super().on_fit_start()
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-            raise SFTError(
-                "GradientAccumulationScheduler changes how many tokens a step has behind the batch plan's back",
-                where="trainer.callbacks",
-                fix="set trainer.accumulate_grad_batches",
-            )
-        if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise SFTError(
-                f"{type(self.trainer.strategy).__name__} is not supported yet: the loss would see sharded weights",
-                where="trainer.strategy",
-                fix="use auto or ddp",
-            )
-        if self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise SFTError(
-                "overfit_batches replaces the order of the batch plan",
-                where="trainer.overfit_batches",
-                fix="set `limit` of a data source, or trainer.limit_train_batches",
-            )
+        check_trainer(self.trainer)
+        if self.preflight:
+            preflight(self)
 
     def weighted_loss(self, batch: Batch, loss: Loss) -> Tensor:
         """Σ weight · loss over the batch's targets: a scalar, in at least float32."""
-        hidden = hidden_states(self.loaded, batch, own_logits=self.layout.own_logits)
-        return weighted_loss(hidden, batch.targets, batch.weights, self.layout.head, loss)
+        router = self.router if torch.is_grad_enabled() else None
+        self.watch.batch = batch
+        with explained(self):
+            hidden = hidden_states(self.loaded, batch, own_logits=self.layout.own_logits, router=router)
+            return weighted_loss(hidden, batch.targets, batch.weights, self.layout.head, loss)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The micro-batch's share of the step's loss, scaled so that gradients add up to d(Σ w·loss / N).
 
-        Lightning divides by the accumulation and DDP takes the mean over ranks: both are undone here.
+        Lightning divides by the accumulation and DDP takes the mean over ranks: both are undone here. A router
+        loss is a mean over the window's micro-batches and the ranks.
         """
         accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
         share = self.weighted_loss(batch, self.loss) / batch.num_items
+        scaled = share * (accumulate * world)
+        if self.router is not None:
+            window = min(accumulate, self.trainer.num_training_batches - batch_idx // accumulate * accumulate)
+            scaled = scaled + self.router.take() * (accumulate / window)
+        self.watch.saw(batch, scaled)
         self._step_loss = share.detach() if self._step_loss is None else self._step_loss + share.detach()
         self._tokens += batch.num_tokens * world
         if (batch_idx + 1) % accumulate == 0 or batch_idx + 1 == self.trainer.num_training_batches:
             self._log_step(self._step_loss)
             self._step_loss = None
-        return share * (accumulate * world)
+        return scaled
 
     def _log_step(self, loss: Tensor) -> None:
         """Log an optimizer step: its loss over all ranks, the learning rate, and tokens per second."""
         world, now = self.trainer.world_size, time.monotonic()
         rate, self._tokens, self._clock = self._tokens / max(now - self._clock, 1e-9), 0, now
         self.log("train/loss", loss, prog_bar=True, sync_dist=world > 1, reduce_fx="sum", batch_size=1)
+        if self.router is not None:
+            self.log("train/router_aux_loss", self.router.mean(), sync_dist=world > 1, batch_size=1)
         self.log("train/tokens_per_second", rate, prog_bar=True, batch_size=1)
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
 

@@ -76,7 +76,7 @@ class Resumable(LightningModule):
         Raises:
             SFTError: With what has changed, or with the first few names that are missing or too many.
         """
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._check_run(checkpoint)
         trained = {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad}
         saved = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_sft import Loss
+from lightning_sft import Loss, SFTError
 from lightning_sft.bases import TokenBatch
 from lightning_sft.training.head import CHUNK, NLL, Head, weighted_loss
 from lightning_sft_losses.cross_entropy import CrossEntropy
@@ -245,3 +245,31 @@ def test_logits_reach_the_loss_in_at_least_float32(dtype):
     linear, hidden, _, _ = problem(4, dtype=torch.float32)
     logits = Head(linear.to(dtype), 0.5, 0.7)(hidden.to(dtype))
     assert logits.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("n", [1, CHUNK, 1100])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_z_loss_is_the_squared_log_of_the_partition_function(label_smoothing, n):
+    linear, hidden, targets, weights = problem(n)
+    logits = full_logits(linear, hidden, 0.5, 0.7)
+    log_z = logits.exp().sum(-1).log()
+    per_token = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    expected = ((per_token + 0.3 * log_z**2) * weights).sum()
+    loss = weighted_loss(
+        hidden, targets, weights, Head(linear, 0.5, 0.7), CrossEntropy(label_smoothing, z_loss=0.3)
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    reference = gradients(expected, hidden, linear)
+    for name, gradient in gradients(loss, hidden, linear).items():
+        assert apart(gradient, reference[name]) < 1e-12, name
+    plain = weighted_loss(hidden, targets, weights, Head(linear, 0.5, 0.7), CrossEntropy(label_smoothing))
+    assert abs(plain.item() - loss.item()) > 1.0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("label_smoothing", -0.1), ("label_smoothing", 1.0), ("z_loss", -1.0), ("z_loss", float("nan"))],
+)
+def test_an_option_that_makes_no_loss_is_refused(option, value):
+    with pytest.raises(SFTError, match=f"{option} is {value}"):
+        CrossEntropy(**{option: value})
