@@ -34,6 +34,7 @@ def test_the_work_dealt_out_is_added_to_the_loads(costs, before):
 
 def test_a_rank_that_has_less_to_do_so_far_gets_the_longer_ones():
     assert deal([5, 9, 1, 7], [100, 0]) == [[0, 2], [1, 3]]
+    assert deal([5], [100, 0]) == [[], [0]]
 
 
 @given(costs=st.lists(st.integers(1, 500), min_size=8, max_size=8))

@@ -352,15 +352,24 @@ def test_short_first_begins_with_the_shortest(way):
     assert by_rank(other) != by_rank(plan)
 
 
+@pytest.mark.parametrize("way", [{"pack_length": 2048}, {"batch_tokens": 2048, "padded": True}], ids=str)
+def test_packs_and_sorted_bins_come_in_no_order_of_length(way):
+    lengths = real_lengths(1000)
+    plan = BatchPlan([1.0] * 1000, lengths=lengths, **way)
+    longest = [max(lengths[row] for row in micro.rows) for micro in plan.rank(0)]
+    assert len(longest) > 50
+    assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.3
+
+
 def test_grouped_steps_hold_examples_of_similar_length_in_no_order_of_length():
-    lengths = real_lengths(3000)
-    plan = BatchPlan([1.0] * 3000, lengths=lengths, batch_size=4, accumulate=2, order="grouped")
+    lengths = real_lengths(512)
+    plan = BatchPlan([1.0] * 512, lengths=lengths, batch_size=4, accumulate=2, order="grouped")
     steps = rows_of_steps(plan)
     assert all(len(rows) == 8 for rows in steps)
     spread = [max(lengths[row] for row in rows) - min(lengths[row] for row in rows) for rows in steps]
     assert np.median(spread) < 10
     middles = [sum(lengths[row] for row in rows) for rows in steps]
-    assert abs(np.corrcoef(middles, range(len(middles)))[0, 1]) < 0.2
+    assert abs(np.corrcoef(middles, range(len(middles)))[0, 1]) < 0.4
 
 
 @pytest.mark.parametrize("middle", [110, 600])
