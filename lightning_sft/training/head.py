@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_sft import plugins
 from lightning_sft.bases import Loss, TokenBatch
 from lightning_sft.errors import SFTError
+from lightning_sft.training import kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,6 +69,9 @@ class _NegativeLogLikelihood(Loss):
     def per_token(self, batch: TokenBatch) -> Tensor:
         return nn.functional.cross_entropy(batch.logits, batch.targets, reduction="none")
 
+    def as_cross_entropy(self) -> float:
+        return 0.0
+
 
 NLL: Loss = _NegativeLogLikelihood()
 
@@ -91,7 +95,12 @@ def weighted_loss(hidden: Tensor, targets: Tensor, weights: Tensor, head: Head, 
 
 def _chunk_loss(hidden: Tensor, targets: Tensor, weights: Tensor, head: Head, loss: Loss) -> Tensor:
     logits = head(hidden)
-    per_token = loss.per_token(TokenBatch(logits=logits, targets=targets, weights=weights))
+    smoothing = _smoothing(loss)
+    fused = None if smoothing is None or logits is hidden else kernels.cross_entropy_for(logits)
+    if fused is not None and smoothing is not None:
+        per_token = fused(logits, targets, smoothing)
+    else:
+        per_token = loss.per_token(TokenBatch(logits=logits, targets=targets, weights=weights))
     if per_token.shape != targets.shape:
         raise SFTError(
             f"the {plugins.describe(loss)} gave a loss of shape {list(per_token.shape)} for {len(targets)} tokens",
@@ -99,6 +108,12 @@ def _chunk_loss(hidden: Tensor, targets: Tensor, weights: Tensor, head: Head, lo
             fix="its per_token() must return one loss for each token",
         )
     return (per_token * weights.to(per_token.dtype)).sum()
+
+
+def _smoothing(loss: Loss) -> float | None:
+    """The label smoothing of a loss that is cross-entropy and says so of this very `per_token`."""
+    owner = next(each for each in type(loss).__mro__ if "per_token" in vars(each))
+    return loss.as_cross_entropy() if "as_cross_entropy" in vars(owner) else None
 
 
 def _sum_over_chunks(hidden: Tensor, targets: Tensor, weights: Tensor, head: Head, loss: Loss) -> Tensor:

@@ -52,7 +52,9 @@ def hidden_states(model: nn.Module, batch: Batch, *, own_logits: bool) -> Tensor
     inner = causal_lm(model)
     inputs: dict[str, object] = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.segments is not None:
-        inputs.update(position_ids=batch.position_ids, segments=batch.segments)
+        inputs.update(
+            position_ids=batch.position_ids, segments=attention.Segments(batch.segments, batch.cu_seqlens)
+        )
     else:
         inputs.update(attention_mask=batch.attention_mask)
     if own_logits:
@@ -149,7 +151,7 @@ def _flattened_differs(inner: PreTrainedModel, rows: list[Tensor], separate: lis
 
 def _packed(inner: PreTrainedModel, rows: list[Tensor]) -> Tensor:
     lengths = [row.shape[1] for row in rows]
-    segments = (0, *torch.tensor(lengths).cumsum(0).tolist())
+    segments = attention.Segments((0, *torch.tensor(lengths).cumsum(0).tolist()))
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(rows[0].device)
     out: Tensor = inner.base_model(
         input_ids=torch.cat(rows, dim=1), position_ids=positions, segments=segments, use_cache=False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -19,10 +18,12 @@ from lightning_sft.bases import Adapter, Loss
 from lightning_sft.errors import SFTError
 from lightning_sft.rendering import Renderer
 from lightning_sft.training import schedule as schedules
+from lightning_sft.training.compiling import compile_blocks
 from lightning_sft.training.head import NLL, weighted_loss
 from lightning_sft.training.layout import Layout, causal_lm, find_layout, hidden_states, stock_attention
 from lightning_sft.training.metrics import TokenLoss, TokenPerplexity
 from lightning_sft.training.models import absolute, context_length, load_config, load_model, load_tokenizer
+from lightning_sft.training.throughput import Throughput, is_logged, log_step, peak_flops
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -56,6 +57,7 @@ class SFTModule(LightningModule):
         schedule: Course of the learning rate after warmup.
         warmup: Warmup as a fraction of all steps (0.03) or a number of steps (100).
         final_learning_rate: Where `cosine` and `linear` end, as a fraction of the peak.
+        compile: Compile the decoder's blocks with `torch.compile`: slow first steps, faster ones after.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class SFTModule(LightningModule):
         schedule: schedules.Schedule = "cosine",
         warmup: float = 0.03,
         final_learning_rate: float = 0.0,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.base = assets.model_path(base)
@@ -90,6 +93,7 @@ class SFTModule(LightningModule):
         self.schedule: schedules.Schedule = schedule
         self.warmup = warmup
         self.final_learning_rate = final_learning_rate
+        self.compiled = compile
         _check_options(self)
         self.model: PreTrainedModel | None = None
         self.strict_loading = False  # checkpoints hold only what is trained
@@ -100,7 +104,7 @@ class SFTModule(LightningModule):
             }
         )
         self._step_loss: Tensor | None = None
-        self._tokens, self._clock = 0, time.monotonic()
+        self.throughput = Throughput()
 
     # -------------------------------------------------------------------------------- the model's parts
 
@@ -141,6 +145,8 @@ class SFTModule(LightningModule):
         layout = find_layout(self.loaded, int(self.tokenizer.pad_token_id))
         if layout.padded_because:
             rank_zero_info(f"Rows are padded, not flattened: {layout.padded_because}.")
+        if self.compiled:
+            compile_blocks(causal_lm(self.loaded))
         return layout
 
     @property
@@ -232,6 +238,7 @@ class SFTModule(LightningModule):
                 where="trainer.strategy",
                 fix="use auto or ddp",
             )
+        self.throughput.meter(self.loaded, peak_flops(self.device))
         if self.trainer.overfit_batches:  # type: ignore[attr-defined]
             raise SFTError(
                 "overfit_batches replaces the order of the batch plan",
@@ -252,23 +259,25 @@ class SFTModule(LightningModule):
         accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
         share = self.weighted_loss(batch, self.loss) / batch.num_items
         self._step_loss = share.detach() if self._step_loss is None else self._step_loss + share.detach()
-        self._tokens += batch.num_tokens * world
-        if (batch_idx + 1) % accumulate == 0 or batch_idx + 1 == self.trainer.num_training_batches:
-            self._log_step(self._step_loss)
+        self.throughput.add(batch)
+        last = batch_idx + 1 == self.trainer.num_training_batches
+        if (batch_idx + 1) % accumulate == 0 or last:
+            if last or is_logged(self.trainer):
+                log_step(self, self._step_loss)
             self._step_loss = None
         return share * (accumulate * world)
 
-    def _log_step(self, loss: Tensor) -> None:
-        """Log an optimizer step: its loss over all ranks, the learning rate, and tokens per second."""
-        world, now = self.trainer.world_size, time.monotonic()
-        rate, self._tokens, self._clock = self._tokens / max(now - self._clock, 1e-9), 0, now
-        self.log("train/loss", loss, prog_bar=True, sync_dist=world > 1, reduce_fx="sum", batch_size=1)
-        self.log("train/tokens_per_second", rate, prog_bar=True, batch_size=1)
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
-
     def on_train_epoch_start(self) -> None:
         """Leave what happened between epochs out of the tokens per second."""
-        self._tokens, self._clock = 0, time.monotonic()
+        self.throughput.restart()
+
+    def on_validation_start(self) -> None:
+        """Leave validation out, too."""
+        self.throughput.pause()
+
+    def on_validation_end(self) -> None:
+        """Go on counting."""
+        self.throughput.resume()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to `val/loss` (the negative log-likelihood per token) and `val/perplexity`."""
@@ -307,7 +316,7 @@ class SFTModule(LightningModule):
             [group for group in groups if group["params"]],
             lr=self.learning_rate,
             betas=self.betas,
-            fused=all(p.device.type == "cuda" for p in trained) or None,
+            fused=self._takes_fused(trained) or None,
         )
         shape = partial(
             schedules.factor,
@@ -318,6 +327,11 @@ class SFTModule(LightningModule):
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _takes_fused(self, parameters: list[nn.Parameter]) -> bool:
+        """Whether one kernel can step all parameters; 16-mixed unscales gradients itself, which bars clipping."""
+        kinds = {parameter.device.type for parameter in parameters}
+        return kinds in ({"cpu"}, {"cuda"}) and self.trainer.precision != "16-mixed"
 
     def _total_steps(self) -> int:
         from lightning_sft.data.datamodule import SFTDataModule

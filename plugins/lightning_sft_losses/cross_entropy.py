@@ -28,3 +28,7 @@ class CrossEntropy(Loss):
         return cross_entropy(
             batch.logits, batch.targets, reduction="none", label_smoothing=self.label_smoothing
         )
+
+    def as_cross_entropy(self) -> float:
+        """The label smoothing."""
+        return self.label_smoothing
