@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from workload import Workload, load
+from workload import Workload, load, plugin
 
 
 class Clock:
@@ -89,7 +89,9 @@ def lightning_sft(work: Workload, clock: Clock, **model: Any) -> None:
             "model": {
                 "base": work.base,
                 "learning_rate": 1e-5,
-                "adapter": {"class_path": "LoRA", "init_args": {"r": 16, "alpha": 32}} if work.lora else "Full",
+                "adapter": {"class_path": "LoRA", "init_args": {"r": 16, "alpha": 32}}
+                if work.lora
+                else "Full",
                 **model,
             },
             "data": {"train": [{"path": work.raw, "format": work.format}], "batch_size": work.batch_size},
@@ -120,20 +122,20 @@ def engine(work: Workload, clock: Clock) -> None:
 
     from lightning_sft import SFTDataModule, SFTModule
     from lightning_sft.data.sources import Source
-    from lightning_sft.plugins import discover
 
-    adapters = {plugin.name: plugin for plugin in discover() if plugin.kind == "adapters"}
-    adapter = adapters["LoRA"].load()(r=16, alpha=32) if work.lora else None
+    adapter = plugin("adapters", "LoRA", r=16, alpha=32) if work.lora else None
     module = SFTModule(base=work.base, adapter=adapter, learning_rate=1e-5)
     data = SFTDataModule(
-        train=[Source(path=work.raw, format=work.format)], batch_size=work.batch_size, seed=0
+        train=[Source(path=work.raw, format=plugin("formats", work.format))],
+        batch_size=work.batch_size,
+        seed=0,
     )
     trainer = Trainer(
         accelerator="cpu", max_steps=work.total, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.strategy.connect(module)
-    module.trainer = data.trainer = trainer
+    trainer._data_connector.attach_data(module, datamodule=data)
     module.configure_model()
     data.setup("fit")
     made: Any = module.configure_optimizers()
@@ -160,7 +162,9 @@ def _autocast(precision: str) -> Any:
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
-def _bare(work: Workload, clock: Clock, loss_of: Callable[[Any, list[dict[str, list[int]]]], Any], **options: Any) -> None:
+def _bare(
+    work: Workload, clock: Clock, loss_of: Callable[[Any, list[dict[str, list[int]]]], Any], **options: Any
+) -> None:
     import torch
     import transformers
 
@@ -202,7 +206,10 @@ def padded(work: Workload, clock: Clock) -> None:
         labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
         for index, row in enumerate(rows):
             end = len(row["input_ids"])
-            ids[index, :end], labels[index, :end] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+            ids[index, :end], labels[index, :end] = (
+                torch.tensor(row["input_ids"]),
+                torch.tensor(row["labels"]),
+            )
             mask[index, :end] = 1
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
@@ -281,7 +288,13 @@ def flattened(work: Workload, clock: Clock) -> None:
 
 
 def _trl(
-    work: Workload, clock: Clock, *, raw: bool = False, own_loss: bool = False, per_step: int | None = None, **options: Any
+    work: Workload,
+    clock: Clock,
+    *,
+    raw: bool = False,
+    own_loss: bool = False,
+    per_step: int | None = None,
+    **options: Any,
 ) -> None:
     import torch
     import transformers
@@ -394,7 +407,10 @@ def litgpt(work: Workload, clock: Clock, micro: int | None = None) -> None:
                 {
                     "input_ids": torch.tensor(row["input_ids"], dtype=kind),
                     "labels": torch.tensor(row["labels"], dtype=kind),
-                    "token_counts": {"raw": len(row["input_ids"]), "raw_plus_prompt_template": len(row["input_ids"])},
+                    "token_counts": {
+                        "raw": len(row["input_ids"]),
+                        "raw_plus_prompt_template": len(row["input_ids"]),
+                    },
                 }
                 for row in work.rows()
             ]

@@ -55,7 +55,9 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", help="a JSON or JSONL file of rows; made up if left out")
     parser.add_argument("--format", default="Alpaca", help="its format, by the plug-in's name")
     parser.add_argument("--tokenizer", help="a tokenizer's folder; made of the rows if left out")
@@ -97,11 +99,16 @@ def run(side: str, file: Path) -> dict[str, float]:
     """The figures of one side."""
     env = {
         **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE),
+        "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH")))),
         "RAYON_NUM_THREADS": "1", "LITGPT_DISABLE_TELEMETRY": "1",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, str(HERE / "sides.py"), side, str(file)], env=env, capture_output=True, text=True, check=False
+        [sys.executable, str(HERE / "sides.py"), side, str(file)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
     if not lines:
@@ -128,9 +135,7 @@ def summarise(figures: dict[str, list[dict[str, float]]], options: argparse.Name
     }
     ratios = {
         other: {
-            "speed": median(
-                speed(a) / speed(b) for a, b in zip(figures[ours], figures[other], strict=True)
-            ),
+            "speed": median(speed(a) / speed(b) for a, b in zip(figures[ours], figures[other], strict=True)),
             **{
                 key: median(a[key] / b[key] for a, b in zip(figures[ours], figures[other], strict=True))
                 for key in ("startup", "peak_mb", "above_start_mb")
@@ -157,7 +162,10 @@ def _cpu() -> str:
 def table(report: dict[str, Any]) -> str:
     """The report for people."""
     (ratios,) = (value for key, value in report.items() if key.endswith("relative to"))
-    lines = ["", f"{'side':24} {'tok/CPU-s':>9} {'ms/step':>8} {'startup s':>9} {'peak MB':>8} {'ours: speed':>12} {'peak':>5}"]
+    lines = [
+        "",
+        f"{'side':24} {'tok/CPU-s':>9} {'ms/step':>8} {'startup s':>9} {'peak MB':>8} {'ours: speed':>12} {'peak':>5}",
+    ]
     for side, values in report["sides"].items():
         ratio = ratios.get(side)
         behind = f"{ratio['speed']:11.2f}× {ratio['peak_mb']:4.2f}×" if ratio else ""

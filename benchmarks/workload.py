@@ -83,18 +83,29 @@ def made_up(count: int = 1200, seed: int = 0) -> list[dict[str, str]]:
     return [{"instruction": text(12), "input": "", "output": text(110)} for _ in range(count)]
 
 
-def read(path: str | None) -> list[dict[str, Any]]:
+def plugin(kind: str, name: str, **options: Any) -> Any:
+    """The plug-in of that name, with these options."""
+    from lightning_sft import plugins
+
+    return plugins.find(kind, name).load()(**options)
+
+
+def read(path: str | Path | None) -> list[dict[str, Any]]:
     """The rows of a JSON or JSONL file, or made-up ones."""
     if path is None:
         return made_up()
     text = Path(path).read_text(encoding="utf-8")
     rows: list[dict[str, Any]] = (
-        json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
+        json.loads(text)
+        if text.lstrip().startswith("[")
+        else [json.loads(line) for line in text.splitlines()]
     )
     return rows
 
 
-def make_model(folder: Path, rows: list[dict[str, Any]], tokenizer: str | None, shape: dict[str, int]) -> None:
+def make_model(
+    folder: Path, rows: list[dict[str, Any]], tokenizer: str | None, shape: dict[str, int]
+) -> None:
     """A Llama with random weights, and the tokenizer given, or one made of the rows.
 
     The vocabulary of the model is `shape`'s, whatever the tokenizer's: ids only have to be below it.
@@ -105,6 +116,7 @@ def make_model(folder: Path, rows: list[dict[str, Any]], tokenizer: str | None, 
 
     if tokenizer is not None:
         made = transformers.AutoTokenizer.from_pretrained(tokenizer)
+        made.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
     else:
         raw = Tokenizer(models.BPE())
         raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -122,6 +134,7 @@ def make_model(folder: Path, rows: list[dict[str, Any]], tokenizer: str | None, 
             tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>"
         )
     made.chat_template = TEMPLATE
+    shape = {**shape, "vocab_size": max(shape["vocab_size"], len(made))}
     config = transformers.LlamaConfig(
         **shape, max_position_embeddings=1024, tie_word_embeddings=False,
         eos_token_id=made.eos_token_id, pad_token_id=made.pad_token_id or made.eos_token_id,
@@ -141,7 +154,7 @@ def render(work: Workload, rows: list[dict[str, Any]]) -> None:
     from lightning_sft.training.models import load_tokenizer
 
     Path(work.raw).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    source = Source(path=work.raw, format=work.format)
+    source = Source(path=work.raw, format=plugin("formats", work.format))
     renderer = Renderer(load_tokenizer(work.base))
     prepared = prepare([source], renderer, max_length=1024, overlong="drop")
     plan = BatchPlan(prepared.weight_sums, batch_size=work.batch_size, seed=0, epoch=0)

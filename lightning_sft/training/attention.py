@@ -55,9 +55,9 @@ class Segments:
         self.cu_seqlens = cu_seqlens
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest segment."""
-        return max(end - start for start, end in pairwise(self.offsets))
+    def lengths(self) -> list[int]:
+        """Tokens of each segment."""
+        return [end - start for start, end in pairwise(self.offsets)]
 
     def on(self, device: torch.device) -> Tensor:
         """`cu_seqlens`, on this device."""
@@ -126,7 +126,7 @@ def segment_attention(
         half = _as_computed(query), _as_computed(key), _as_computed(value)
         if kernel := kernels.attention_for(*half):
             q, k, v = (tensor[0].transpose(0, 1) for tensor in half)
-            return kernel(q, k, v, segments.on(q.device), segments.longest, scaling, sliding_window)[
+            return kernel(q, k, v, segments.on(q.device), max(segments.lengths), scaling, sliding_window)[
                 None
             ], None
     groups = query.shape[1] // key.shape[1]
@@ -134,11 +134,12 @@ def segment_attention(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     plain = softcap is None and s_aux is None
     outputs = []
-    for start, end in pairwise(segments.offsets):
-        q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
-        window = sliding_window if sliding_window is not None and end - start > sliding_window else None
+    # Not one slice after the other: the gradient of each would be a whole row of zeros.
+    pieces = zip(*(tensor.split(segments.lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    for length, (q, k, v) in zip(segments.lengths, pieces, strict=True):
+        window = sliding_window if sliding_window is not None and length > sliding_window else None
         if plain:
-            mask = None if window is None else _visible(end - start, window, q.device)
+            mask = None if window is None else _visible(length, window, q.device)
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
             )

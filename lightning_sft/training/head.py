@@ -3,7 +3,7 @@
 Hidden states are gathered at the positions that predict a trained token; the output embedding and the loss
 run over chunks of them. Each chunk's gradient is taken at once (the trick of Liger-Kernel's fused linear
 cross-entropy, Hsu et al. 2024), so neither `[n, vocab]` logits nor their gradient are ever held whole.
-The loss inside a chunk may be any `Loss`.
+The loss inside a chunk may be any `Loss`; cross-entropy on a plain linear head goes without autograd, in place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_sft import plugins
 from lightning_sft.bases import Loss, TokenBatch
 from lightning_sft.errors import SFTError
-from lightning_sft.training import kernels
+from lightning_sft.training import linear_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,12 +95,7 @@ def weighted_loss(hidden: Tensor, targets: Tensor, weights: Tensor, head: Head, 
 
 def _chunk_loss(hidden: Tensor, targets: Tensor, weights: Tensor, head: Head, loss: Loss) -> Tensor:
     logits = head(hidden)
-    smoothing = _smoothing(loss)
-    fused = None if smoothing is None or logits is hidden else kernels.cross_entropy_for(logits)
-    if fused is not None and smoothing is not None:
-        per_token = fused(logits, targets, smoothing)
-    else:
-        per_token = loss.per_token(TokenBatch(logits=logits, targets=targets, weights=weights))
+    per_token = loss.per_token(TokenBatch(logits=logits, targets=targets, weights=weights))
     if per_token.shape != targets.shape:
         raise SFTError(
             f"the {plugins.describe(loss)} gave a loss of shape {list(per_token.shape)} for {len(targets)} tokens",
@@ -108,12 +103,6 @@ def _chunk_loss(hidden: Tensor, targets: Tensor, weights: Tensor, head: Head, lo
             fix="its per_token() must return one loss for each token",
         )
     return (per_token * weights.to(per_token.dtype)).sum()
-
-
-def _smoothing(loss: Loss) -> float | None:
-    """The label smoothing of a loss that is cross-entropy and says so of this very `per_token`."""
-    owner = next(each for each in type(loss).__mro__ if "per_token" in vars(each))
-    return loss.as_cross_entropy() if "as_cross_entropy" in vars(owner) else None
 
 
 def _sum_over_chunks(hidden: Tensor, targets: Tensor, weights: Tensor, head: Head, loss: Loss) -> Tensor:
@@ -137,13 +126,17 @@ class _ChunkedLoss(torch.autograd.Function):
         exact = [torch.promote_types(p.dtype, torch.float32) for p in parameters]
         parameter_grads = [torch.zeros_like(p, dtype=d) for p, d in zip(parameters, exact, strict=True)]
         losses = []
+        gradient_of = linear_cross_entropy.gradients_for(head, loss, parameters)
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
-            with torch.enable_grad():
-                piece = hidden[chunk].detach().requires_grad_(needs_hidden)
-                value = _chunk_loss(piece, targets[chunk], weights[chunk], head, loss)
-                inputs = ([piece] if needs_hidden else []) + list(parameters)
-                grads = list(torch.autograd.grad(value, inputs)) if inputs else []
+            if gradient_of is not None:
+                value, grads = gradient_of(hidden[chunk], targets[chunk], weights[chunk], needs_hidden)
+            else:
+                with torch.enable_grad():
+                    piece = hidden[chunk].detach().requires_grad_(needs_hidden)
+                    value = _chunk_loss(piece, targets[chunk], weights[chunk], head, loss)
+                    inputs = ([piece] if needs_hidden else []) + list(parameters)
+                    grads = list(torch.autograd.grad(value, inputs)) if inputs else []
             if hidden_grad is not None:
                 hidden_grad[chunk] = grads.pop(0)
             for total, grad in zip(parameter_grads, grads, strict=True):

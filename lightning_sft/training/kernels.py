@@ -23,8 +23,9 @@ from torch.nn import functional as F
 Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None, int | None], Tensor]
 """(query `[T, H, D]`, key and value `[T, H_kv, D]`, cu_seqlens int32 `[B + 1]`, longest segment, scale, window)."""
 
-CrossEntropy: TypeAlias = Callable[[Tensor, Tensor, float], Tensor]
-"""(logits `[n, V]`, which it may overwrite, targets `[n]`, label smoothing) → loss `[n]`."""
+CrossEntropy: TypeAlias = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""(logits `[n, V]`, which it may overwrite, targets `[n]`, weights `[n]`, label smoothing) → Σ weight · loss and its
+gradient by the logits."""
 
 
 def attention_for(query: Tensor, key: Tensor, value: Tensor) -> Attention | None:
@@ -92,9 +93,14 @@ def installed_cross_entropy() -> CrossEntropy | None:
     if liger is None:
         return None
 
-    def from_liger(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-        loss: Tensor = liger(logits, targets, reduction="none", label_smoothing=smoothing)
-        return loss
+    def from_liger(
+        logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            logits = logits.detach().requires_grad_()
+            loss: Tensor = liger(logits, targets, reduction="none", label_smoothing=smoothing)
+            (grad,) = torch.autograd.grad(loss, logits, weights.to(loss.dtype))
+        return (loss.detach() * weights).sum(), grad
 
     return from_liger
 
@@ -164,7 +170,8 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, offsets: tuple[int, ...], window
 def _trusted_cross_entropy(kernel: CrossEntropy, device: torch.device, dtype: torch.dtype) -> bool:
     def trial() -> tuple[list[Tensor], list[Tensor]]:
         generator = torch.Generator(device).manual_seed(0)
-        ours, plain = [], []
+        ours: list[Tensor] = []
+        plain: list[Tensor] = []
         for smoothing in (0.0, 0.1):
             logits = (
                 (3 * torch.randn(33, 1000, generator=generator, device=device)).to(dtype).requires_grad_()
@@ -172,9 +179,9 @@ def _trusted_cross_entropy(kernel: CrossEntropy, device: torch.device, dtype: to
             targets = torch.randint(1000, (33,), generator=generator, device=device)
             weights = torch.rand(33, generator=generator, device=device)
             loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-            plain += [loss, *torch.autograd.grad((loss * weights).sum(), logits)]
-            fused = kernel(logits.clone(), targets, smoothing)
-            ours += [fused, *torch.autograd.grad((fused * weights).sum(), logits)]
+            total = (loss * weights).sum()
+            plain += [total.detach(), *torch.autograd.grad(total, logits)]
+            ours += kernel(logits.detach().clone(), targets, weights, smoothing)
         return ours, plain
 
     return _agrees("cross-entropy", trial)

@@ -316,8 +316,10 @@ class SFTModule(LightningModule):
             [group for group in groups if group["params"]],
             lr=self.learning_rate,
             betas=self.betas,
-            fused=self._takes_fused(trained) or None,
+            fused={p.device.type for p in trained} in ({"cpu"}, {"cuda"}) or None,
         )
+        # A fused AdamW could unscale gradients itself; Lightning would refuse to clip them, even in bfloat16.
+        optimizer._step_supports_amp_scaling = False
         shape = partial(
             schedules.factor,
             schedule=self.schedule,
@@ -327,11 +329,6 @@ class SFTModule(LightningModule):
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _takes_fused(self, parameters: list[nn.Parameter]) -> bool:
-        """Whether one kernel can step all parameters; 16-mixed unscales gradients itself, which bars clipping."""
-        kinds = {parameter.device.type for parameter in parameters}
-        return kinds in ({"cpu"}, {"cuda"}) and self.trainer.precision != "16-mixed"
 
     def _total_steps(self) -> int:
         from lightning_sft.data.datamodule import SFTDataModule
