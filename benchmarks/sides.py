@@ -462,7 +462,7 @@ def litgpt(work: Workload, clock: Clock, micro: int | None = None) -> None:
                 save_interval=None, log_interval=10, global_batch_size=work.batch_size, micro_batch_size=size,
                 lr_warmup_steps=1, epochs=100, max_steps=work.total,
             ),
-            eval=EvalArgs(interval=10**9, max_iters=1, final_validation=False),
+            eval=EvalArgs(interval=10**9, max_new_tokens=1, max_iters=1, final_validation=False),
         )  # fmt: skip
 
 

@@ -27,7 +27,14 @@ import workload
 from workload import Workload
 
 HERE = Path(__file__).parent
-BODY = {"hidden_size": 384, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 6, "num_key_value_heads": 6}  # fmt: skip
+BODY = {
+    "hidden_size": 384,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+}
+"""17.7 million parameters without embeddings."""
 SIDES = (
     "lightning_sft", "flattened", "padded", "trl", "trl_no_checkpointing", "trl_full_logits", "trl_packing",
     "trl_packing_full_logits", "litgpt",

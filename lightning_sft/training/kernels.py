@@ -118,9 +118,10 @@ def _agrees(what: str, trial: Callable[[], tuple[list[Tensor], list[Tensor]]]) -
         with torch.enable_grad(), torch.autocast("cuda", enabled=False):
             ours, plain = trial()
         for a, b in zip(ours, plain, strict=True):
-            apart = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30)
-            if not float(apart) <= 8 * torch.finfo(a.dtype).eps:
-                raise ArithmeticError(f"it differs from plain torch by {float(apart):.1e}, relative")
+            a, b = a.detach(), b.detach().double()
+            apart = float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30))
+            if not apart <= 8 * torch.finfo(a.dtype).eps:  # NaN isn't close either
+                raise ArithmeticError(f"it differs from plain torch by {apart:.1e}, relative")
     except Exception as error:
         rank_zero_warn(f"The installed {what} kernel isn't used: {type(error).__name__}: {error}")
         return False
