@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 QUICK := $(VENV)/.installed
 THREADS ?= 2
 
-.PHONY: help quickstart tiny-base install test test-slow lint format clean
+.PHONY: help quickstart tiny-base install test test-slow bench lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ test: $(STAMP)  ## the test suite (under 10 minutes on 2 cores)
 
 test-slow: $(STAMP)  ## fresh environments and several processes (under 45 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+bench: $(STAMP)  ## training speed on one CPU thread, against the peers that are installed (docs/speed.md)
+	$(BIN)/python benchmarks/train_speed.py
 
 lint: $(STAMP)  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -90,3 +90,10 @@ class Loss(ABC):
     @abstractmethod
     def per_token(self, batch: TokenBatch) -> Tensor:
         """The unweighted loss of each token: float `[n]`, differentiable in `batch.logits`."""
+
+    def as_cross_entropy(self) -> float | None:
+        """The label smoothing, if `per_token` is cross-entropy: a fused kernel may then stand in for it.
+
+        A subclass that has a `per_token` of its own is asked only if it has this of its own, too.
+        """
+        return None

@@ -28,6 +28,7 @@ class Batch:
         position_ids: int64 like `input_ids`, starting at 0 in every example.
         attention_mask: int64 `[B, L]` padded; None when flattened.
         segments: Where the examples begin and end in the flattened row: `B + 1` offsets; None when padded.
+        cu_seqlens: int32 `[B + 1]`: the same for a varlen attention kernel, made here so that it moves along.
         positions: int64 `[n]`: flat positions in `input_ids` that predict a trained token.
         targets: int64 `[n]`: the token to predict at each of them.
         weights: float32 `[n]`: its loss weight.
@@ -38,6 +39,7 @@ class Batch:
 
     __slots__ = (
         "attention_mask",
+        "cu_seqlens",
         "input_ids",
         "metas",
         "num_items",
@@ -62,6 +64,7 @@ class Batch:
         num_items: float,
         num_tokens: int,
         metas: tuple[Meta, ...],
+        cu_seqlens: Tensor | None = None,
     ) -> None:
         self.input_ids = input_ids
         self.position_ids = position_ids
@@ -73,6 +76,9 @@ class Batch:
         self.num_items = num_items
         self.num_tokens = num_tokens
         self.metas = metas
+        if cu_seqlens is None and segments is not None:
+            cu_seqlens = torch.tensor(segments, dtype=torch.int32)
+        self.cu_seqlens = cu_seqlens
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         fields: dict[str, Any] = {}

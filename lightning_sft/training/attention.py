@@ -1,6 +1,7 @@
 """Attention within the segments of a flattened row, registered with transformers' `AttentionInterface`.
 
-Every segment is its own causal SDPA call, so there is no padding and no dense (ΣL)² mask. The function honours
+Every segment is its own causal SDPA call, or all go to one varlen kernel where there is one (`kernels`), so there
+is no padding and no dense (ΣL)² mask. The function honours
 what models ask of it by keyword (sliding window, soft cap, attention sinks) and refuses what it doesn't know:
 a model that asks for something else must not be trained on flattened rows.
 """
@@ -14,6 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lightning_sft.training import kernels
 
 NAME = "lightning_sft_segments"
 
@@ -35,6 +38,34 @@ class CallCounter:
     """The sliding windows that models have told."""
 
 
+class Segments:
+    """Where the segments of a flattened row begin and end.
+
+    Not a tuple, so that `torch.compile` doesn't look inside and compile anew for every batch.
+
+    Args:
+        offsets: From 0 to the row's length.
+        cu_seqlens: The same as int32 `[B + 1]` on the model's device, if a batch has brought it there.
+    """
+
+    __slots__ = ("cu_seqlens", "offsets")
+
+    def __init__(self, offsets: tuple[int, ...], cu_seqlens: Tensor | None = None) -> None:
+        self.offsets = offsets
+        self.cu_seqlens = cu_seqlens
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each segment."""
+        return [end - start for start, end in pairwise(self.offsets)]
+
+    def on(self, device: torch.device) -> Tensor:
+        """`cu_seqlens`, on this device."""
+        if self.cu_seqlens is None or self.cu_seqlens.device != device:
+            self.cu_seqlens = torch.tensor(self.offsets, dtype=torch.int32, device=device)
+        return self.cu_seqlens
+
+
 def register() -> None:
     """Make `NAME` known to transformers; without a mask function, models pass no mask."""
     from transformers import AttentionInterface
@@ -42,6 +73,7 @@ def register() -> None:
     AttentionInterface.register(NAME, segment_attention)
 
 
+@torch.compiler.disable
 def segment_attention(
     module: nn.Module,
     query: Tensor,
@@ -51,7 +83,7 @@ def segment_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    segments: tuple[int, ...] | None = None,
+    segments: Segments | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -67,7 +99,7 @@ def segment_attention(
         attention_mask: Must be None: a mask says that this isn't a flattened row.
         scaling: Factor of the scores; `D ** -0.5` if None.
         dropout: Probability of dropping an attention weight.
-        segments: Offsets of the segments in the row, from 0 to T.
+        segments: The segments of the row, which end at T.
         sliding_window: A position sees itself and the `sliding_window - 1` positions before it.
         softcap: Scores become `softcap · tanh(score / softcap)` (Gemma 2).
         s_aux: `[H]`: a learned score per head that takes part in the softmax only (gpt-oss).
@@ -90,23 +122,37 @@ def segment_attention(
         unknown.append("no segments")
     if unknown or segments is None:
         raise UnsupportedAttention(f"{type(module).__name__}: {', '.join(unknown)}")
+    if softcap is None and s_aux is None and not dropout:
+        half = _as_computed(query), _as_computed(key), _as_computed(value)
+        if kernel := kernels.attention_for(*half):
+            q, k, v = (tensor[0].transpose(0, 1) for tensor in half)
+            return kernel(q, k, v, segments.on(q.device), max(segments.lengths), scaling, sliding_window)[
+                None
+            ], None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     plain = softcap is None and s_aux is None
     outputs = []
-    for start, end in pairwise(segments):
-        q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
-        window = sliding_window if sliding_window is not None and end - start > sliding_window else None
+    # Not one slice after the other: the gradient of each would be a whole row of zeros.
+    pieces = zip(*(tensor.split(segments.lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    for length, (q, k, v) in zip(segments.lengths, pieces, strict=True):
+        window = sliding_window if sliding_window is not None and length > sliding_window else None
         if plain:
-            mask = None if window is None else _visible(end - start, window, q.device)
+            mask = None if window is None else _visible(length, window, q.device)
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
             )
         else:
             out = _explicit(q, k, v, window, scaling, dropout, softcap, s_aux)
-        outputs.append(out)
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
+
+
+def _as_computed(tensor: Tensor) -> Tensor:
+    """In autocast's type, where it is on: SDPA is cast by torch, other kernels aren't."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
 @lru_cache(maxsize=64)

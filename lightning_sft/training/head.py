@@ -3,7 +3,7 @@
 Hidden states are gathered at the positions that predict a trained token; the output embedding and the loss
 run over chunks of them. Each chunk's gradient is taken at once (the trick of Liger-Kernel's fused linear
 cross-entropy, Hsu et al. 2024), so neither `[n, vocab]` logits nor their gradient are ever held whole.
-The loss inside a chunk may be any `Loss`.
+The loss inside a chunk may be any `Loss`; cross-entropy on a plain linear head goes without autograd, in place.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_sft import plugins
 from lightning_sft.bases import Loss, TokenBatch
 from lightning_sft.errors import SFTError
+from lightning_sft.training import linear_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +68,9 @@ class _NegativeLogLikelihood(Loss):
 
     def per_token(self, batch: TokenBatch) -> Tensor:
         return nn.functional.cross_entropy(batch.logits, batch.targets, reduction="none")
+
+    def as_cross_entropy(self) -> float:
+        return 0.0
 
 
 NLL: Loss = _NegativeLogLikelihood()
@@ -122,13 +126,17 @@ class _ChunkedLoss(torch.autograd.Function):
         exact = [torch.promote_types(p.dtype, torch.float32) for p in parameters]
         parameter_grads = [torch.zeros_like(p, dtype=d) for p, d in zip(parameters, exact, strict=True)]
         losses = []
+        gradient_of = linear_cross_entropy.gradients_for(head, loss, parameters)
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
-            with torch.enable_grad():
-                piece = hidden[chunk].detach().requires_grad_(needs_hidden)
-                value = _chunk_loss(piece, targets[chunk], weights[chunk], head, loss)
-                inputs = ([piece] if needs_hidden else []) + list(parameters)
-                grads = list(torch.autograd.grad(value, inputs)) if inputs else []
+            if gradient_of is not None:
+                value, grads = gradient_of(hidden[chunk], targets[chunk], weights[chunk], needs_hidden)
+            else:
+                with torch.enable_grad():
+                    piece = hidden[chunk].detach().requires_grad_(needs_hidden)
+                    value = _chunk_loss(piece, targets[chunk], weights[chunk], head, loss)
+                    inputs = ([piece] if needs_hidden else []) + list(parameters)
+                    grads = list(torch.autograd.grad(value, inputs)) if inputs else []
             if hidden_grad is not None:
                 hidden_grad[chunk] = grads.pop(0)
             for total, grad in zip(parameter_grads, grads, strict=True):

@@ -68,7 +68,9 @@ def hidden_states(
     inner = causal_lm(model)
     inputs: dict[str, object] = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.segments is not None:
-        inputs.update(position_ids=batch.position_ids, segments=batch.segments)
+        inputs.update(
+            position_ids=batch.position_ids, segments=attention.Segments(batch.segments, batch.cu_seqlens)
+        )
     else:
         inputs.update(attention_mask=batch.attention_mask)
     if router is not None:
@@ -167,7 +169,7 @@ def _flattened_differs(inner: PreTrainedModel, rows: list[Tensor], separate: lis
 
 def _packed(inner: PreTrainedModel, rows: list[Tensor]) -> Tensor:
     lengths = [row.shape[1] for row in rows]
-    segments = (0, *torch.tensor(lengths).cumsum(0).tolist())
+    segments = attention.Segments((0, *torch.tensor(lengths).cumsum(0).tolist()))
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(rows[0].device)
     out: Tensor = backbone(inner)(
         input_ids=torch.cat(rows, dim=1), position_ids=positions, segments=segments, use_cache=False

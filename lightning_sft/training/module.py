@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -16,6 +15,7 @@ from lightning_sft.bases import Adapter, Loss
 from lightning_sft.errors import SFTError
 from lightning_sft.rendering import Renderer
 from lightning_sft.training import schedule as schedules
+from lightning_sft.training.compiling import compile_blocks
 from lightning_sft.training.guard import GuardedModule, OnBadLoss, Watch, refuse_bad_weights
 from lightning_sft.training.head import NLL, weighted_loss
 from lightning_sft.training.layout import Layout, causal_lm, find_layout, hidden_states, stock_attention
@@ -25,6 +25,7 @@ from lightning_sft.training.models import absolute, context_length, load_config,
 from lightning_sft.training.preflight import check_trainer, preflight
 from lightning_sft.training.resuming import Resumable
 from lightning_sft.training.router_loss import RouterLoss, router_loss
+from lightning_sft.training.throughput import Throughput, is_logged, log_step, peak_flops
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -65,6 +66,7 @@ class SFTModule(GuardedModule, Resumable):
         schedule: Course of the learning rate after warmup.
         warmup: Warmup as a fraction of all steps (0.03) or a number of steps (100).
         final_learning_rate: Where `cosine` and `linear` end, as a fraction of the peak.
+        compile: Compile the decoder's blocks with `torch.compile`: slow first steps, faster ones after.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class SFTModule(GuardedModule, Resumable):
         schedule: schedules.Schedule = "cosine",
         warmup: float = 0.03,
         final_learning_rate: float = 0.0,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.base = assets.model_path(base)
@@ -108,6 +111,7 @@ class SFTModule(GuardedModule, Resumable):
         self.schedule: schedules.Schedule = schedule
         self.warmup = warmup
         self.final_learning_rate = final_learning_rate
+        self.compiled = compile
         _check_options(self)
         self.model: PreTrainedModel | None = None
         self.metrics = nn.ModuleDict(
@@ -117,7 +121,7 @@ class SFTModule(GuardedModule, Resumable):
             }
         )
         self._step_loss: Tensor | None = None
-        self._tokens, self._clock = 0, time.monotonic()
+        self.throughput = Throughput()
 
     # -------------------------------------------------------------------------------- the model's parts
 
@@ -158,6 +162,8 @@ class SFTModule(GuardedModule, Resumable):
         layout = find_layout(self.loaded, int(self.tokenizer.pad_token_id))
         if layout.padded_because:
             rank_zero_info(f"Rows are padded, not flattened: {layout.padded_because}.")
+        if self.compiled:
+            compile_blocks(causal_lm(self.loaded))
         return layout
 
     @property
@@ -245,6 +251,7 @@ class SFTModule(GuardedModule, Resumable):
         check_trainer(self.trainer)
         if self.preflight:
             preflight(self)
+        self.throughput.meter(self.loaded, peak_flops(self.device))
 
     def weighted_loss(self, batch: Batch, loss: Loss) -> Tensor:
         """Σ weight · loss over the batch's targets: a scalar, in at least float32."""
@@ -268,30 +275,31 @@ class SFTModule(GuardedModule, Resumable):
             scaled = scaled + self.router.take() * (accumulate / window)
         self.watch.saw(batch, scaled)
         self._step_loss = share.detach() if self._step_loss is None else self._step_loss + share.detach()
-        self._tokens += batch.num_tokens * world
-        if (batch_idx + 1) % accumulate == 0 or batch_idx + 1 == self.trainer.num_training_batches:
-            self._log_step(self._step_loss)
+        self.throughput.add(batch)
+        last = batch_idx + 1 == self.trainer.num_training_batches
+        if (batch_idx + 1) % accumulate == 0 or last:
+            if last or is_logged(self.trainer):
+                log_step(self, self._step_loss)
             self._step_loss = None
         return scaled
 
-    def _log_step(self, loss: Tensor) -> None:
-        """Log an optimizer step: its loss over all ranks, the learning rate, and tokens per second."""
-        world, now = self.trainer.world_size, time.monotonic()
-        rate, self._tokens, self._clock = self._tokens / max(now - self._clock, 1e-9), 0, now
-        self.log("train/loss", loss, prog_bar=True, sync_dist=world > 1, reduce_fx="sum", batch_size=1)
-        if self.router is not None:
-            self.log("train/router_aux_loss", self.router.mean(), sync_dist=world > 1, batch_size=1)
-        self.log("train/tokens_per_second", rate, prog_bar=True, batch_size=1)
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
-
     def on_train_start(self) -> None:
-        """Leave what happened before out of the tokens per second."""
+        """Begin a window."""
         super().on_train_start()
-        self._tokens, self._clock, self._step_loss = 0, time.monotonic(), None
+        self._step_loss = None
 
     def on_train_epoch_start(self) -> None:
         """Leave what happened between epochs out of the tokens per second."""
-        self._tokens, self._clock = 0, time.monotonic()
+        self.throughput.restart()
+
+    def on_validation_start(self) -> None:
+        """Leave validation out, too."""
+        super().on_validation_start()
+        self.throughput.pause()
+
+    def on_validation_end(self) -> None:
+        """Go on counting."""
+        self.throughput.resume()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to `val/loss` (the negative log-likelihood per token) and `val/perplexity`."""
@@ -330,8 +338,10 @@ class SFTModule(GuardedModule, Resumable):
             [group for group in groups if group["params"]],
             lr=self.learning_rate,
             betas=self.betas,
-            fused=all(p.device.type == "cuda" for p in trained) or None,
+            fused={p.device.type for p in trained} in ({"cpu"}, {"cuda"}) or None,
         )
+        # A fused AdamW could unscale gradients itself; Lightning would refuse to clip them, even in bfloat16.
+        optimizer._step_supports_amp_scaling = False
         shape = partial(
             schedules.factor,
             schedule=self.schedule,

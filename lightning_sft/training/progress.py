@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_sft.training.module import SFTModule
 
 _SHORT = {"train/loss": "loss", "train/tokens_per_second": "tok/s"}
+_SECONDS_BETWEEN_DRAWINGS = 0.1
 
 
 class Progress(RichProgressBar):
@@ -31,6 +32,8 @@ class Progress(RichProgressBar):
         self._started = 0.0
         self._first_step = 0
         self._total_steps = 0
+        self._shown: dict[str, Any] = {}
+        self._drawn = 0.0
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         """Epoch, bar, batches, time; the numbers come behind them."""
@@ -50,18 +53,22 @@ class Progress(RichProgressBar):
         """Advance the bar, or print a line at each logged step where output is no terminal."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        logged = every > 0 and trainer.global_step % every == 0
-        if self._plain and logged and not accumulating and trainer.is_global_zero:
+        if self._plain and _was_logged(trainer) and not accumulating and trainer.is_global_zero:
             values = "  ".join(
                 f"{name} {value}" for name, value in self.get_metrics(trainer, pl_module).items()
             )
             print(f"step {trainer.global_step}/{self._total_steps or '?'}  {values}", flush=True)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What stands beside the bar."""
-        metrics: dict[str, Any] = {}
-        for name, value in super().get_metrics(trainer, pl_module).items():
+        """What stands beside the bar; between logged steps there is nothing new, and a device isn't asked."""
+        if trainer.training and self._shown and not _was_logged(trainer):
+            return self._shown
+        metrics = self._shown = {}
+        values = super().get_metrics(trainer, pl_module)
+        values |= {
+            name: float(trainer.callback_metrics[name]) for name in _SHORT if name in trainer.callback_metrics
+        }
+        for name, value in values.items():
             if name != "v_num":
                 metrics[_SHORT.get(name, name)] = (
                     f"{value:,.0f}" if name.endswith("second") else f"{value:.3f}"
@@ -71,6 +78,17 @@ class Progress(RichProgressBar):
             seconds = (time.monotonic() - self._started) / done * (total - trainer.global_step)
             metrics["left"] = str(timedelta(seconds=round(max(0.0, seconds))))
         return metrics
+
+    def refresh(self, hard: bool = False) -> None:
+        """Draw, but not so often that it slows down the training of a small model."""
+        if hard or time.monotonic() - self._drawn >= _SECONDS_BETWEEN_DRAWINGS:
+            super().refresh(hard)
+            self._drawn = time.monotonic()
+
+
+def _was_logged(trainer: Trainer) -> bool:
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and trainer.global_step % every == 0
 
 
 def summary(trainer: Trainer, module: SFTModule) -> str:

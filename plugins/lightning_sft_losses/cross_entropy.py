@@ -42,3 +42,7 @@ class CrossEntropy(Loss):
             batch.logits, batch.targets, reduction="none", label_smoothing=self.label_smoothing
         )
         return loss + self.z_loss * batch.logits.logsumexp(-1) ** 2 if self.z_loss else loss
+
+    def as_cross_entropy(self) -> float | None:
+        """The label smoothing; None with z-loss, which isn't cross-entropy."""
+        return None if self.z_loss else self.label_smoothing

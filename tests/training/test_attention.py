@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from lightning_sft.training import attention
-from lightning_sft.training.attention import UnsupportedAttention, segment_attention
+from lightning_sft.training.attention import Segments, UnsupportedAttention, segment_attention
 
 SEGMENTS = (0, 1, 12, 40, 57)
 WINDOW = 5
@@ -65,7 +65,7 @@ def test_outputs_and_gradients_equal_masked_attention(kv_heads, scaling, window,
     expected = eager(query, key, value, scaling=scaling, window=window, softcap=softcap, sinks=sinks)
     out, weights = segment_attention(
         nn.Module(), query, key, value, None, scaling,
-        segments=SEGMENTS, sliding_window=window, softcap=softcap, s_aux=sinks,
+        segments=Segments(SEGMENTS), sliding_window=window, softcap=softcap, s_aux=sinks,
     )  # fmt: skip
     assert weights is None
     assert out.shape == (1, SEGMENTS[-1], HEADS, DIMENSION)
@@ -81,7 +81,9 @@ def test_outputs_and_gradients_equal_masked_attention(kv_heads, scaling, window,
 @pytest.mark.parametrize("softcap", [None, 0.5])
 def test_values_may_have_another_size_than_keys(softcap):
     query, key, value = inputs(2, value_dimension=6)
-    out, _ = segment_attention(nn.Module(), query, key, value, None, segments=SEGMENTS, softcap=softcap)
+    out, _ = segment_attention(
+        nn.Module(), query, key, value, None, segments=Segments(SEGMENTS), softcap=softcap
+    )
     assert torch.allclose(out, eager(query, key, value, softcap=softcap), rtol=1e-10, atol=1e-12)
 
 
@@ -104,8 +106,8 @@ def test_a_change_in_one_segment_moves_nothing_in_another(changed, options):
     others = [tensor.clone() for tensor in tensors]
     for tensor in others:
         tensor[:, :, start:end] += 100
-    before, _ = segment_attention(nn.Module(), *tensors, None, segments=SEGMENTS, **options)
-    after, _ = segment_attention(nn.Module(), *others, None, segments=SEGMENTS, **options)
+    before, _ = segment_attention(nn.Module(), *tensors, None, segments=Segments(SEGMENTS), **options)
+    after, _ = segment_attention(nn.Module(), *others, None, segments=Segments(SEGMENTS), **options)
     outside = torch.ones(SEGMENTS[-1], dtype=torch.bool)
     outside[start:end] = False
     assert torch.equal(before[:, outside], after[:, outside])
@@ -119,19 +121,25 @@ def test_a_later_token_moves_nothing_before_it(options):
     position = 30
     for tensor in others:
         tensor[:, :, position] += 100
-    before, _ = segment_attention(nn.Module(), *tensors, None, segments=SEGMENTS, **options)
-    after, _ = segment_attention(nn.Module(), *others, None, segments=SEGMENTS, **options)
+    before, _ = segment_attention(nn.Module(), *tensors, None, segments=Segments(SEGMENTS), **options)
+    after, _ = segment_attention(nn.Module(), *others, None, segments=Segments(SEGMENTS), **options)
     assert torch.equal(before[:, :position], after[:, :position])
 
 
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: next(iter(options), "plain"))
 def test_dropout_drops_attention_weights(options):
     tensors = inputs()
-    certain, _ = segment_attention(nn.Module(), *tensors, None, dropout=1.0, segments=SEGMENTS, **options)
+    certain, _ = segment_attention(
+        nn.Module(), *tensors, None, dropout=1.0, segments=Segments(SEGMENTS), **options
+    )
     assert torch.equal(certain, torch.zeros_like(certain))
     torch.manual_seed(0)
-    some, _ = segment_attention(nn.Module(), *tensors, None, dropout=0.5, segments=SEGMENTS, **options)
-    none, _ = segment_attention(nn.Module(), *tensors, None, dropout=0.0, segments=SEGMENTS, **options)
+    some, _ = segment_attention(
+        nn.Module(), *tensors, None, dropout=0.5, segments=Segments(SEGMENTS), **options
+    )
+    none, _ = segment_attention(
+        nn.Module(), *tensors, None, dropout=0.0, segments=Segments(SEGMENTS), **options
+    )
     assert not torch.equal(some, none)
 
 
@@ -144,11 +152,11 @@ def layer(is_causal: bool) -> nn.Module:
 @pytest.mark.parametrize(
     ("module", "mask", "keywords", "named"),
     [
-        (nn.Module(), None, {"segments": SEGMENTS, "chunk_size": 8}, "chunk_size"),
-        (nn.Module(), None, {"segments": SEGMENTS, "alibi": torch.ones(1)}, "alibi"),
-        (nn.Module(), None, {"segments": SEGMENTS, "is_causal": False}, "is_causal=False"),
-        (layer(is_causal=False), None, {"segments": SEGMENTS}, "is_causal=False"),
-        (nn.Module(), torch.ones(57, 57), {"segments": SEGMENTS}, "attention_mask"),
+        (nn.Module(), None, {"segments": Segments(SEGMENTS), "chunk_size": 8}, "chunk_size"),
+        (nn.Module(), None, {"segments": Segments(SEGMENTS), "alibi": torch.ones(1)}, "alibi"),
+        (nn.Module(), None, {"segments": Segments(SEGMENTS), "is_causal": False}, "is_causal=False"),
+        (layer(is_causal=False), None, {"segments": Segments(SEGMENTS)}, "is_causal=False"),
+        (nn.Module(), torch.ones(57, 57), {"segments": Segments(SEGMENTS)}, "attention_mask"),
         (nn.Module(), None, {}, "no segments"),
     ],
     ids=["unknown keyword", "unknown tensor", "not causal", "layer not causal", "mask", "no segments"],
@@ -160,10 +168,10 @@ def test_what_it_does_not_know_is_refused_by_name_and_not_ignored(module, mask, 
 
 def test_keywords_without_meaning_and_unknown_ones_that_ask_for_nothing_are_let_through():
     tensors = inputs()
-    plain, _ = segment_attention(nn.Module(), *tensors, None, segments=SEGMENTS)
+    plain, _ = segment_attention(nn.Module(), *tensors, None, segments=Segments(SEGMENTS))
     asked, _ = segment_attention(
         layer(is_causal=True), *tensors, None,
-        segments=SEGMENTS, use_cache=False, position_ids=torch.arange(57), is_causal=True, chunk_size=None,
+        segments=Segments(SEGMENTS), use_cache=False, position_ids=torch.arange(57), is_causal=True, chunk_size=None,
     )  # fmt: skip
     assert torch.equal(plain, asked)
 

@@ -23,7 +23,7 @@ from lightning_sft_adapters.lora import LoRA
 
 QUIET = {
     "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False,
-    "enable_model_summary": False,
+    "enable_model_summary": False, "log_every_n_steps": 1,
 }  # fmt: skip
 
 
@@ -72,7 +72,7 @@ class Tried(SFTModule):
         found |= {f"trained {n}": p.requires_grad for n, p in self.named_parameters()}
         found["random"] = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
         found["own"] = (
-            self._tokens,
+            {name: value for name, value in vars(self.throughput).items() if name != "clock"},
             self._step_loss,
             self.watch.skipped,
             list(self.watch._window),
