@@ -98,7 +98,8 @@ def fit(folder, rows: str, loss, policy: str, *, kind=SFTModule, plugins=None, *
     states = States()
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
-        enable_model_summary=False, callbacks=[states], plugins=plugins, **{"max_epochs": 1, "log_every_n_steps": 1, **options},
+        enable_model_summary=False, callbacks=[states], plugins=plugins,
+        **{"max_epochs": 1, "log_every_n_steps": 1, **options},
     )  # fmt: skip
     try:
         trainer.fit(module, SFTDataModule(train=rows, batch_size=SIZE))
