@@ -20,6 +20,7 @@ from lightning_sft.rendering import Renderer
 from lightning_sft.training import schedule as schedules
 from lightning_sft.training.compiling import compile_blocks
 from lightning_sft.training.head import NLL, weighted_loss
+from lightning_sft.training.host_memory import keep_freed_memory
 from lightning_sft.training.layout import Layout, causal_lm, find_layout, hidden_states, stock_attention
 from lightning_sft.training.metrics import TokenLoss, TokenPerplexity
 from lightning_sft.training.models import absolute, context_length, load_config, load_model, load_tokenizer
@@ -239,6 +240,8 @@ class SFTModule(LightningModule):
                 fix="use auto or ddp",
             )
         self.throughput.meter(self.loaded, peak_flops(self.device))
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if self.trainer.overfit_batches:  # type: ignore[attr-defined]
             raise SFTError(
                 "overfit_batches replaces the order of the batch plan",
