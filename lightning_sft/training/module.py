@@ -18,6 +18,7 @@ from lightning_sft.training import schedule as schedules
 from lightning_sft.training.compiling import compile_blocks
 from lightning_sft.training.guard import GuardedModule, OnBadLoss, Watch, refuse_bad_weights
 from lightning_sft.training.head import NLL, weighted_loss
+from lightning_sft.training.host_memory import keep_freed_memory
 from lightning_sft.training.layout import Layout, causal_lm, find_layout, hidden_states, stock_attention
 from lightning_sft.training.memory import checkpoint_layers, explained
 from lightning_sft.training.metrics import TokenLoss, TokenPerplexity
@@ -252,6 +253,8 @@ class SFTModule(GuardedModule, Resumable):
         if self.preflight:
             preflight(self)
         self.throughput.meter(self.loaded, peak_flops(self.device))
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def weighted_loss(self, batch: Batch, loss: Loss) -> Tensor:
         """Σ weight · loss over the batch's targets: a scalar, in at least float32."""
