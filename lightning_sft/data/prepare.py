@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,10 +9,10 @@ from itertools import islice
 from typing import Literal
 
 from lightning_sft import plugins
-from lightning_sft.bases import DataFormat
 from lightning_sft.conversation import Meta, Row
+from lightning_sft.data.conversion import convert_rows, format_of
 from lightning_sft.data.ledger import SourceLedger, count_trained
-from lightning_sft.data.sources import Source, convert_rows, detect_format, read_rows
+from lightning_sft.data.sources import Source, read_rows
 from lightning_sft.data.split import prompt_key
 from lightning_sft.errors import SFTError
 from lightning_sft.example import Example
@@ -61,7 +60,7 @@ def prepare(
     prepared = Prepared()
     for source in sources:
         rows = read_rows(source)
-        format, rows = _format_of(source, rows)
+        format, rows = format_of(source, rows)
         description = plugins.describe(format)
         ledger = SourceLedger(source=source.path, format=description)
         converted: set[tuple[str, int]] = set()
@@ -123,32 +122,6 @@ def check_ids(prepared: Prepared, vocabulary: int) -> None:
                 where=f"model.tokenizer: {example.meta}",
                 fix="use the tokenizer that the model was trained with",
             )
-
-
-def _format_of(
-    source: Source, rows: Iterator[tuple[Meta, Row]]
-) -> tuple[DataFormat, Iterator[tuple[Meta, Row]]]:
-    if source.format != "auto":
-        return source.format, rows
-    first = next(rows)  # read_rows refuses a source without rows
-    format = detect_format(frozenset(first[1]), _candidates(), source.path)
-
-    def again() -> Iterator[tuple[Meta, Row]]:
-        yield first
-        yield from rows
-
-    return format, again()
-
-
-def _candidates() -> dict[str, DataFormat]:
-    """Every installed format that works with its default options; others must be named."""
-    candidates: dict[str, DataFormat] = {}
-    for plugin in plugins.discover("formats"):
-        try:
-            candidates[plugin.name if plugin.name not in candidates else plugin.class_path] = plugin.load()()
-        except Exception as error:  # a stranger's plug-in, which nobody asked for: it must not break this run
-            warnings.warn(f"format: auto leaves out the {plugin}: {error}", stacklevel=2)
-    return candidates
 
 
 def _counted(rows: Iterator[tuple[Meta, Row]], ledger: SourceLedger) -> Iterator[tuple[Meta, Row]]:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from lightning_sft import Conversation
-from lightning_sft.data.sources import Source, convert_rows, detect_format, read_rows
+from lightning_sft.data.conversion import convert_rows, detect_format
+from lightning_sft.data.sources import Source, read_rows
 from lightning_sft.data.split import prompt_key, shared_prompts, split_indices
 from lightning_sft_formats.alpaca import Alpaca
 from lightning_sft_formats.messages import Messages
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the real SFT files 
 
 def conversations(name):
     rows = list(read_rows(Source(str(FOLDER / name))))
-    format = detect_format(frozenset(rows[0][1]), FORMATS, name)
+    format = detect_format(rows[0][1], FORMATS, name)
     items = list(convert_rows(rows, format, type(format).__name__))
     assert all(isinstance(item, Conversation) for item in items)
     assert [item.meta for item in items] == [meta for meta, _ in rows]
