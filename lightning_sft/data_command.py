@@ -230,7 +230,7 @@ class _Watched(dict[str, object]):
 def _watched(rows: Iterator[tuple[Meta, Row]], report: Report) -> Iterator[tuple[Meta, Row]]:
     for meta, row in rows:
         report.read += 1
-        report.columns.update(row)
+        report.columns.update(row.keys())
         yield meta, _Watched(row, report.seen)
 
 

@@ -38,7 +38,9 @@ class SourceLedger:
         source: The file, folder or Hub dataset.
         format: The format its rows were read in.
         rows: Rows read.
-        rows_without_conversation: Rows of which the format made none, on purpose.
+        gathered_rows: What the format made of them before it converted them: as many, unless it puts rows
+            together, such as the messages of a tree.
+        rows_without_conversation: Gathered rows of which the format made none, on purpose.
         conversations: Conversations made of the others (a format may make several of a row).
         examples: Examples kept.
         tokens: Tokens rendered.
@@ -51,6 +53,7 @@ class SourceLedger:
     source: str
     format: str
     rows: int = 0
+    gathered_rows: int = 0
     rows_without_conversation: int = 0
     conversations: int = 0
     examples: int = 0

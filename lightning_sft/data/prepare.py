@@ -59,12 +59,11 @@ def prepare(
     """
     prepared = Prepared()
     for source in sources:
-        rows = read_rows(source)
-        format, rows = format_of(source, rows)
-        description = plugins.describe(format)
-        ledger = SourceLedger(source=source.path, format=description)
+        ledger = SourceLedger(source=source.path, format="")
+        format, rows = format_of(source, _counted(read_rows(source), ledger, "rows"))
+        ledger.format = description = plugins.describe(format)
         converted: set[tuple[str, int]] = set()
-        conversations = convert_rows(_counted(rows, ledger), format, description)
+        conversations = convert_rows(_counted(rows, ledger, "gathered_rows"), format, description)
         while chunk := list(islice(conversations, _CHUNK)):
             ledger.conversations += len(chunk)
             converted.update(conversation.meta.place for conversation in chunk)
@@ -73,7 +72,7 @@ def prepare(
                 if fitted is not None:
                     prepared.examples.append(fitted)
                     prepared.keys.append(prompt_key(conversation))
-        ledger.rows_without_conversation = ledger.rows - len(converted)
+        ledger.rows_without_conversation = ledger.gathered_rows - len(converted)
         ledger.check()
         prepared.ledgers.append(ledger)
     return prepared
@@ -124,9 +123,11 @@ def check_ids(prepared: Prepared, vocabulary: int) -> None:
             )
 
 
-def _counted(rows: Iterator[tuple[Meta, Row]], ledger: SourceLedger) -> Iterator[tuple[Meta, Row]]:
+def _counted(
+    rows: Iterator[tuple[Meta, Row]], ledger: SourceLedger, account: Literal["rows", "gathered_rows"]
+) -> Iterator[tuple[Meta, Row]]:
     for item in rows:
-        ledger.rows += 1
+        setattr(ledger, account, getattr(ledger, account) + 1)
         yield item
 
 

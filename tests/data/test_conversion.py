@@ -1,7 +1,7 @@
 import pytest
 
-from lightning_sft import Conversation, DataFormat, Message, Meta, Segments, SFTError
-from lightning_sft.data.conversion import convert_rows, detect_format
+from lightning_sft import Conversation, DataFormat, Message, Meta, Segments, SFTError, Source
+from lightning_sft.data.conversion import convert_rows, detect_format, format_of
 
 
 class OneColumn(DataFormat):
@@ -86,3 +86,69 @@ class TestConversion:
         with pytest.raises(SFTError, match=r"some-dist 1\.2") as error:
             self.convert(lambda row: result)
         assert error.value.where == "file, row 7"
+
+
+class Pairs(OneColumn):
+    """A format whose conversations are over two rows each."""
+
+    def gather(self, rows):
+        rows = list(rows)
+        for (meta, first), (_, second) in zip(rows[::2], rows[1::2], strict=True):
+            yield meta, {"a": first["a"] + second["a"]}
+
+
+LETTERS = [(Meta("file", n), {"a": letter}) for n, letter in enumerate("wxyz", 1)]
+
+
+class TestFormatOf:
+    def test_a_format_may_gather_rows_and_each_has_the_place_of_its_first(self):
+        format, rows = format_of(Source("file", Pairs("a")), iter(LETTERS))
+        items = list(convert_rows(rows, format, "format Pairs"))
+        assert [(item.meta.row, item.segments[0][0]) for item in items] == [(1, "wx"), (3, "yz")]
+
+    def test_a_format_that_fails_to_gather_is_named(self):
+        _, rows = format_of(Source("file", Pairs("a")), iter(LETTERS[:3]))
+        with pytest.raises(SFTError, match=r"test_conversion\.Pairs failed: ValueError") as error:
+            list(rows)
+        assert error.value.where == "file"
+
+    def test_rows_that_a_format_refuses_to_gather_are_its_own_error(self):
+        class Refusing(Pairs):
+            def gather(self, rows):
+                raise SFTError("no pair", where="file, row 3")
+                yield
+
+        _, rows = format_of(Source("file", Refusing("a")), iter(LETTERS))
+        with pytest.raises(SFTError, match="no pair"):
+            list(rows)
+
+    def test_without_gathering_rows_are_streamed_as_they_are(self):
+        rows = iter(LETTERS)
+        assert format_of(Source("file", OneColumn("a")), rows)[1] is rows
+
+    def test_auto_keeps_the_first_row(self):
+        placed = [(Meta("file", n), {"text": str(n)}) for n in range(3)]
+        format, rows = format_of(Source("file"), iter(placed))
+        assert type(format).__name__ == "RawText"
+        assert list(rows) == placed
+
+
+def test_formats_of_the_same_columns_are_told_apart_by_the_row():
+    class Short(OneColumn):
+        def fits(self, row):
+            return super().fits(row) and len(row["a"]) < 3
+
+    class Long(OneColumn):
+        def fits(self, row):
+            return super().fits(row) and len(row["a"]) >= 3
+
+    formats = {"Short": Short("a"), "Long": Long("a")}
+    assert detect_format({"a": "xx"}, formats, "file") is formats["Short"]
+    assert detect_format({"a": "xxx"}, formats, "file") is formats["Long"]
+    with pytest.raises(SFTError, match="Short failed to look at the columns: TypeError"):
+        detect_format({"a": 1}, formats, "file")
+
+
+def test_a_format_that_does_not_say_how_can_not_be_written():
+    with pytest.raises(SFTError, match="can't be written in the format OneColumn"):
+        OneColumn("a").to_row(Segments((("x", 1.0),)))

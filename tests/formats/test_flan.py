@@ -87,4 +87,7 @@ def test_templates_are_given_in_yaml():
     text = """[{path: a.jsonl, format: {class_path: Flan, init_args: {use: all, templates: {
         rte: [{inputs: "So {{ premise }}?", targets: "{{ label }}!"}]}}}}]"""
     (source,) = parser.instantiate(parser.parse_args([f"--train={text}"])).train
-    assert [m.content for m in next(iter(source.format.convert(raw(1)))).messages] == ["So it rains 1?", "no!"]
+    assert [m.content for m in next(iter(source.format.convert(raw(1)))).messages] == [
+        "So it rains 1?",
+        "no!",
+    ]
