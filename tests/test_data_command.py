@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from stranger import install_broken, install_format
+from stranger import FORMAT_SOURCE, install, install_broken, install_format
 
 from lightning_sft.__main__ import main
 
@@ -92,6 +92,17 @@ def test_what_is_not_kept_is_told(capsys):
     out = run(capsys, "a.jsonl", "b.jsonl", "--to", "messages")
     assert "not kept 2 column 'id' not kept 1 column 'score' not kept 1 task" in out
     assert "column 'category'" not in out
+
+
+def test_what_is_looked_at_to_find_the_format_is_not_kept_by_that(capsys, folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    source = (
+        FORMAT_SOURCE.format(name="Curious")
+        + "\n    def fits(self, row):\n        return row['id'] is None\n"
+    )
+    install(folder, "curious", {"lightning_sft.formats": {"Curious": "curious:Curious"}}, {"curious": source})
+    write("a.jsonl", [ALPACA[0] | {"id": 1}])
+    assert "not kept 1 column 'id'" in run(capsys, "a.jsonl", "b.jsonl", "--to", "messages")
 
 
 @pytest.mark.parametrize("user", ["{{ q }}", "{{ row.q }}", "{{ row['q'] }}"])
