@@ -18,6 +18,7 @@ COMMANDS = {
     "test": "measure the loss on the test rows of the same YAML",
     "generate": "let the model of a run or model folder answer a prompt",
     "export": "write the trained model of a run folder as one that transformers loads",
+    "data": "convert data files from one format to another",
     "plugins": "list the installed formats, adapters, losses and other plug-ins",
 }
 """The commands, with the line on each in the overview."""
@@ -74,6 +75,10 @@ def _dispatch(argv: list[str]) -> None:
         from lightning_sft.plugins_command import command as list_plugins
 
         list_plugins(argv[1:])
+    elif command == "data":
+        from lightning_sft.data_command import command as data
+
+        data(argv[1:])
     elif command in ("fit", "validate", "test"):
         from lightning_sft.cli import run
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from lightning_sft.conversation import Conversation, Row, Segments
+from lightning_sft.conversation import Conversation, Meta, Row, Segments
 from lightning_sft.errors import SFTError
 
 if TYPE_CHECKING:
@@ -35,6 +35,35 @@ class DataFormat(ABC):
             SFTError: The row can't be converted: what is wrong, and `where` the key. The file and the row
                 number are added by the caller.
         """
+
+    def fits(self, row: Row) -> bool:
+        """Whether this row, the first of its source, is in this format; used by `format: auto`.
+
+        By default what `matches` says of its columns. A format that shares its columns with another one tells
+        them apart here, by the values.
+        """
+        return self.matches(frozenset(row))
+
+    def gather(self, rows: Iterable[tuple[Meta, Row]]) -> Iterable[tuple[Meta, Row]]:
+        """The rows that `convert` gets, made of all rows of the source: by default the same ones.
+
+        For formats that spread a conversation over several rows. Each result has the place of one of the rows
+        that it is made of, and errors name it.
+
+        Raises:
+            SFTError: The rows don't belong together; says which.
+        """
+        return rows
+
+    def to_row(self, item: Conversation | Segments) -> dict[str, object]:
+        """The row of which `convert` makes exactly this item, in JSON types; for `lightning-sft data convert`.
+
+        Without this method a format can be read only.
+
+        Raises:
+            SFTError: The format has no place for something in the item: says what it is, and `where`.
+        """
+        raise SFTError(f"rows can't be written in the format {type(self).__name__}, only read")
 
 
 class Adapter(ABC):

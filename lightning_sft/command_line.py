@@ -61,7 +61,7 @@ def call(function: Callable[..., None], argv: Sequence[str], command: str) -> No
     parser.add_function_arguments(function, as_positional=True, skip={*flags})
     for flag in sorted(flags):
         parser.add_argument(f"--{flag}", action="store_true", help=helps.get(flag))
-    function(**parser.parse_args(list(argv)).as_dict())
+    function(**vars(parser.instantiate(parser.parse_args(list(argv)))))
 
 
 def check_configs(argv: Sequence[str]) -> None:

@@ -176,7 +176,7 @@ def an_ambiguous_format(place: Place) -> list[str]:
     return place.fit(train=place.rows(ROWS[0] | {"messages": []}))
 
 
-@says("bad.jsonl", "no format fits the columns 'answer', 'question'", "Alpaca, Messages")
+@says("bad.jsonl", "no format fits the columns 'answer', 'question'", "Alpaca, Dolly")
 def columns_of_no_format(place: Place) -> list[str]:
     return place.fit(train=place.rows({"question": "a", "answer": "b"}))
 

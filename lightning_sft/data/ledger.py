@@ -39,7 +39,9 @@ class SourceLedger:
         format: The format its rows were read in.
         weight: How often an epoch sees its examples.
         rows: Rows read.
-        rows_without_conversation: Rows of which the format made none, on purpose.
+        gathered_rows: What the format made of them before it converted them: as many, unless it puts rows
+            together, such as the messages of a tree.
+        rows_without_conversation: Gathered rows of which the format made none, on purpose.
         conversations: Conversations made of the others (a format may make several of a row).
         examples: Examples kept.
         tokens: Tokens rendered.
@@ -53,6 +55,7 @@ class SourceLedger:
     format: str
     weight: float = 1.0
     rows: int = 0
+    gathered_rows: int = 0
     rows_without_conversation: int = 0
     conversations: int = 0
     examples: int = 0

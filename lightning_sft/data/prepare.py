@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,10 +9,10 @@ from itertools import islice
 from typing import Literal
 
 from lightning_sft import plugins
-from lightning_sft.bases import DataFormat
 from lightning_sft.conversation import Meta, Row
+from lightning_sft.data.conversion import convert_rows, format_of
 from lightning_sft.data.ledger import SourceLedger, count_trained
-from lightning_sft.data.sources import Source, convert_rows, detect_format, read_rows
+from lightning_sft.data.sources import Source, read_rows
 from lightning_sft.data.split import prompt_key
 from lightning_sft.errors import SFTError
 from lightning_sft.example import Example
@@ -82,12 +81,11 @@ def prepare(
     """
     prepared = Prepared()
     for number, source in enumerate(sources):
-        rows = read_rows(source)
-        format, rows = _format_of(source, rows)
-        description = plugins.describe(format)
-        ledger = SourceLedger(source=source.path, format=description, weight=source.weight)
+        ledger = SourceLedger(source=source.path, format="", weight=source.weight)
+        format, rows = format_of(source, _counted(read_rows(source), ledger, "rows"))
+        ledger.format = description = plugins.describe(format)
         converted: set[tuple[str, int]] = set()
-        conversations = convert_rows(_counted(rows, ledger), format, description)
+        conversations = convert_rows(_counted(rows, ledger, "gathered_rows"), format, description)
         while chunk := list(islice(conversations, _CHUNK)):
             ledger.conversations += len(chunk)
             converted.update(conversation.meta.place for conversation in chunk)
@@ -97,7 +95,7 @@ def prepare(
                     prepared.examples.append(fitted)
                     prepared.keys.append(prompt_key(conversation))
                     prepared.sources.append(number)
-        ledger.rows_without_conversation = ledger.rows - len(converted)
+        ledger.rows_without_conversation = ledger.gathered_rows - len(converted)
         ledger.check()
         prepared.ledgers.append(ledger)
     return prepared
@@ -148,35 +146,11 @@ def check_ids(prepared: Prepared, vocabulary: int) -> None:
             )
 
 
-def _format_of(
-    source: Source, rows: Iterator[tuple[Meta, Row]]
-) -> tuple[DataFormat, Iterator[tuple[Meta, Row]]]:
-    if source.format != "auto":
-        return source.format, rows
-    first = next(rows)  # read_rows refuses a source without rows
-    format = detect_format(frozenset(first[1]), _candidates(), source.path)
-
-    def again() -> Iterator[tuple[Meta, Row]]:
-        yield first
-        yield from rows
-
-    return format, again()
-
-
-def _candidates() -> dict[str, DataFormat]:
-    """Every installed format that works with its default options; others must be named."""
-    candidates: dict[str, DataFormat] = {}
-    for plugin in plugins.discover("formats"):
-        try:
-            candidates[plugin.name if plugin.name not in candidates else plugin.class_path] = plugin.load()()
-        except Exception as error:  # a stranger's plug-in, which nobody asked for: it must not break this run
-            warnings.warn(f"format: auto leaves out the {plugin}: {error}", stacklevel=2)
-    return candidates
-
-
-def _counted(rows: Iterator[tuple[Meta, Row]], ledger: SourceLedger) -> Iterator[tuple[Meta, Row]]:
+def _counted(
+    rows: Iterator[tuple[Meta, Row]], ledger: SourceLedger, account: Literal["rows", "gathered_rows"]
+) -> Iterator[tuple[Meta, Row]]:
     for item in rows:
-        ledger.rows += 1
+        setattr(ledger, account, getattr(ledger, account) + 1)
         yield item
 
 

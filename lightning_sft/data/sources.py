@@ -1,4 +1,4 @@
-"""From a data file, a folder or a Hub dataset to rows, and from rows to conversations.
+"""From a data file, a folder or a Hub dataset to rows.
 
 JSON and JSONL are read as they stand, never through Arrow, which would give all rows one schema and fill
 tool arguments with nulls. Every row keeps its place, so that each later error can name it.
@@ -11,8 +11,8 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from io import BufferedReader
 from itertools import islice
@@ -21,7 +21,7 @@ from typing import Literal
 
 from lightning_sft.assets import data_path
 from lightning_sft.bases import DataFormat
-from lightning_sft.conversation import Conversation, Meta, Row, Segments
+from lightning_sft.conversation import Meta, Row
 from lightning_sft.errors import SFTError
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -113,73 +113,6 @@ def read_hub(source: Source) -> Iterator[tuple[Meta, Row]]:
     _refuse_empty(len(dataset), source.path)
     for number, row in enumerate(dataset, 1):
         yield Meta(source.path, number), row
-
-
-def _matches(format: DataFormat, columns: frozenset[str], name: str) -> bool:
-    try:
-        return format.matches(columns)
-    except Exception as error:
-        raise SFTError(
-            f"the format {name} failed to look at the columns: {type(error).__name__}: {error}",
-            fix="name the format of your rows with `format:`",
-        ) from error
-
-
-def detect_format(columns: frozenset[str], formats: Mapping[str, DataFormat], where: str) -> DataFormat:
-    """The one format that matches these columns.
-
-    Args:
-        columns: The columns of the rows.
-        formats: The formats to choose from, by name.
-        where: The source, for the error.
-
-    Raises:
-        SFTError: None of the formats matches, or several do.
-    """
-    matching = [name for name, format in formats.items() if _matches(format, columns, name)]
-    if len(matching) == 1:
-        return formats[matching[0]]
-    listed = ", ".join(map(repr, sorted(columns)))
-    if matching:
-        raise SFTError(
-            f"the format is ambiguous: the columns {listed} fit {' and '.join(sorted(matching))}",
-            where=where,
-            fix=f"choose one, such as `format: {min(matching)}`",
-        )
-    raise SFTError(
-        f"no format fits the columns {listed}",
-        where=where,
-        fix=f"set `format:` to one of {', '.join(sorted(formats))}, with options that name the columns",
-    )
-
-
-def convert_rows(
-    rows: Iterable[tuple[Meta, Row]], format: DataFormat, describe: str
-) -> Iterator[Conversation | Segments]:
-    """The conversations of the rows, each with the place it comes from in its `meta`.
-
-    Args:
-        rows: The rows with their places.
-        format: What converts them.
-        describe: The format's name and the distribution it is from, for errors that are its own fault.
-
-    Raises:
-        SFTError: A row can't be converted, or the format itself fails.
-    """
-    for meta, row in rows:
-        try:
-            items = list(format.convert(row))
-        except SFTError as error:
-            raise error.at(str(meta)) from error
-        except Exception as error:
-            raise SFTError(f"{describe} failed: {type(error).__name__}: {error}", where=str(meta)) from error
-        for item in items:
-            if not isinstance(item, Conversation | Segments):
-                raise SFTError(
-                    f"{describe} gave a {type(item).__name__} instead of a Conversation or Segments",
-                    where=str(meta),
-                )
-            yield replace(item, meta=replace(item.meta, source=meta.source, row=meta.row))
 
 
 def _files(folder: Path) -> list[Path]:

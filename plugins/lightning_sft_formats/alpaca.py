@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lightning_sft import Conversation, DataFormat, Message, Row, SFTError
-from lightning_sft_formats.fields import is_blank, read_column, read_filled, read_list, read_text
+from lightning_sft import Conversation, DataFormat, Message, Row, Segments, SFTError
+from lightning_sft_formats.fields import is_blank, read_column, read_filled, read_list, read_text, read_turns
+from lightning_sft_formats.writing import as_conversation, plain_text
 
 
 class Alpaca(DataFormat):
@@ -44,23 +45,28 @@ class Alpaca(DataFormat):
         """One conversation: the system prompt, the history, the instruction and the response."""
         instruction = read_column(row, self.instruction, "instruction")
         output = read_column(row, self.output, "output")
-        messages = [*self._system(row), *self._history(row)]
-        messages.append(Message("user", self._prompt(instruction, row.get(self.input))))
-        messages.append(Message("assistant", read_filled(output, f"key {self.output!r}")))
-        return [Conversation(tuple(messages))]
+        prompt = [(self.instruction, instruction), (self.input, row.get(self.input))]
+        turns = read_turns(prompt, self.output, output)
+        return [Conversation((*self._system(row), *self._history(row), *turns))]
 
-    def _prompt(self, instruction: object, extra: object) -> str:
-        parts = []
-        for key, value in ((self.instruction, instruction), (self.input, extra)):
-            if not is_blank(value):
-                parts.append(read_text(value, f"key {key!r}"))
-        if not parts:
+    def to_row(self, item: Conversation | Segments) -> dict[str, object]:
+        """The last user turn as the instruction, without an input, and the turns before it as the history."""
+        messages = list(as_conversation(item, tools=False).messages)
+        texts = [plain_text(message, f"message {n}") for n, message in enumerate(messages, 1)]
+        row: dict[str, object] = {}
+        if messages and messages[0].role == "system":
+            row[self.system] = texts.pop(0)
+            messages.pop(0)
+        if not messages or [m.role for m in messages] != ["user", "assistant"] * (len(messages) // 2):
             raise SFTError(
-                "the instruction is empty",
-                where=f"key {self.instruction!r}",
-                fix="remove the row or fill in the instruction",
+                f"the roles are {', '.join(m.role for m in messages)}; Alpaca rows have user and assistant in "
+                "turn, after at most one system message"
             )
-        return "\n\n".join(parts)
+        pairs = [[user, answer] for user, answer in zip(texts[::2], texts[1::2], strict=True)]
+        row |= {self.instruction: pairs[-1][0], self.input: "", self.output: pairs[-1][1]}
+        if pairs[:-1]:
+            row[self.history] = pairs[:-1]
+        return row
 
     def _system(self, row: Row) -> list[Message]:
         system = row.get(self.system)

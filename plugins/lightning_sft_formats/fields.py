@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 
-from lightning_sft import Message, Row, SFTError, ToolCall
+from lightning_sft import Conversation, Message, Row, SFTError, ToolCall
 
 _WEIGHT_KEYS = ("weight", "loss_weight", "train", "training")
+_DETAIL_KEYS = ("train_detail", "training_detail")
 
 
 def read_column(row: Row, key: str, option: str, within: str | None = None) -> object:
@@ -104,6 +105,35 @@ def read_json(text: str, where: str) -> object:
         raise SFTError(f"malformed JSON ({error})", where=where, fix="write valid JSON") from error
 
 
+def read_chat(
+    row: Row, key: str, option: str, tools: str, read_message: Callable[[object, str], Message]
+) -> Conversation:
+    """The conversation in a row that has a list of messages.
+
+    Args:
+        row: The row.
+        key: The column that holds the list, or the JSON text of one.
+        option: The format's option that names this column; an error points to it.
+        tools: The column that holds the tools.
+        read_message: Reads one message, given its value and its place for errors.
+
+    Raises:
+        SFTError: The list or one of its messages is malformed, or there is nothing to train on.
+    """
+    where = f"key {key!r}"
+    values = read_list(read_column(row, key, option), where)
+    messages = tuple(read_message(value, f"{where}, message {n}") for n, value in enumerate(values, 1))
+    check_trained(messages, where)
+    return Conversation(messages, read_row_tools(row, tools))
+
+
+def read_row_tools(row: Row, key: str) -> tuple[Mapping[str, object], ...]:
+    """The row's tools: from the column `key`, or from OpenAI's older `functions`."""
+    if is_blank(row.get(key)):
+        key = "functions"
+    return read_tools(row.get(key), f"key {key!r}")
+
+
 def read_tools(value: object, where: str) -> tuple[Mapping[str, object], ...]:
     """The tools of a conversation, as given: from a list of JSON schemas or the JSON text of one.
 
@@ -158,6 +188,44 @@ def _read_arguments(value: object, where: str) -> Mapping[str, object] | str:
     return parsed if isinstance(parsed, dict) else value
 
 
+def read_turns(
+    prompt: Sequence[tuple[str, object]], answer: str, response: object
+) -> tuple[Message, Message]:
+    """A user turn of the texts of some columns, those that are blank left out, and the assistant's answer.
+
+    Args:
+        prompt: Column name and value of each, in order; they are joined by blank lines.
+        answer: The column that holds the response.
+        response: Its value.
+
+    Raises:
+        SFTError: All of the prompt is blank, the response is, or one of them isn't text.
+    """
+    texts = [read_text(value, f"key {key!r}") for key, value in prompt if not is_blank(value)]
+    if not texts:
+        raise SFTError(
+            "the instruction is empty",
+            where=f"key {prompt[0][0]!r}",
+            fix="remove the row or fill in the instruction",
+        )
+    text = read_filled(response, f"key {answer!r}")
+    return Message("user", "\n\n".join(texts)), Message("assistant", text)
+
+
+def read_name(row: Row, key: str) -> str | None:
+    """The name in a column that may be absent: of a task or a language, as text or a number; None if blank.
+
+    Raises:
+        SFTError: It is something else.
+    """
+    value = row.get(key)
+    if is_blank(value):
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return read_text(value, f"key {key!r}")
+
+
 def read_role(value: object, roles: Mapping[str, str], where: str) -> str:
     """The canonical role for a format's own name of it.
 
@@ -176,13 +244,28 @@ def read_role(value: object, roles: Mapping[str, str], where: str) -> str:
     raise SFTError(f"unknown role {value!r}", where=where, fix=f"{hint}the roles are {', '.join(roles)}")
 
 
-def read_weight(message: Mapping[str, object], where: str) -> float | None:
+def read_weight(
+    message: Mapping[str, object], where: str, keys: Sequence[str] = _WEIGHT_KEYS
+) -> float | None:
     """A message's loss weight: from `weight`, `loss_weight`, `train` or `training`; None if it has none.
 
+    Args:
+        message: The message, or a part or segment of a text.
+        where: Its place, for the error.
+        keys: The keys that may hold the weight.
+
     Raises:
-        SFTError: It isn't a number of 0 or more, or two keys contradict each other.
+        SFTError: It isn't a number of 0 or more, two keys contradict each other, or the message has weights for
+            ranges of its characters.
     """
-    given = {key: message[key] for key in _WEIGHT_KEYS if message.get(key) is not None}
+    for key in _DETAIL_KEYS:
+        if message.get(key) not in (None, []):
+            raise SFTError(
+                "a message has one loss weight, not one for each range of its characters",
+                where=f"{where}, key {key!r}",
+                fix="give the message a `weight`; or write the rows as text with the format Segments",
+            )
+    given = {key: message[key] for key in keys if message.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise SFTError(

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from lightning_sft import Conversation, DataFormat, Message, Row, SFTError, ToolCall
+from lightning_sft import Conversation, DataFormat, Message, Row, Segments, SFTError, ToolCall
 from lightning_sft_formats.fields import (
-    check_trained,
     is_blank,
     kind,
     read_calls,
-    read_column,
+    read_chat,
     read_list,
     read_object,
     read_role,
     read_text,
-    read_tools,
     read_weight,
 )
+from lightning_sft_formats.writing import as_conversation, write_arguments, write_weight
 
 ROLES = {
     "system": "system",
@@ -65,17 +64,15 @@ class Messages(DataFormat):
 
     def convert(self, row: Row) -> Iterable[Conversation]:
         """One conversation with the messages in their order."""
-        where = f"key {self.messages!r}"
-        messages = read_messages(read_column(row, self.messages, "messages"), where)
-        check_trained(messages, where)
-        return [Conversation(messages, read_row_tools(row, self.tools))]
+        return [read_chat(row, self.messages, "messages", self.tools, read_message)]
 
-
-def read_row_tools(row: Row, key: str) -> tuple[Mapping[str, object], ...]:
-    """The row's tools: from the column `key`, or from OpenAI's older `functions`."""
-    if is_blank(row.get(key)):
-        key = "functions"
-    return read_tools(row.get(key), f"key {key!r}")
+    def to_row(self, item: Conversation | Segments) -> dict[str, object]:
+        """The messages as OpenAI's files have them, with reasoning as `reasoning_content`."""
+        conversation = as_conversation(item)
+        row: dict[str, object] = {self.messages: write_messages(conversation.messages)}
+        if conversation.tools:
+            row[self.tools] = list(conversation.tools)
+        return row
 
 
 def read_messages(value: object, where: str) -> tuple[Message, ...]:
@@ -84,10 +81,20 @@ def read_messages(value: object, where: str) -> tuple[Message, ...]:
     Raises:
         SFTError: One of them is malformed, holds something that isn't text, or loses its order.
     """
-    return tuple(_read_message(m, f"{where}, message {n}") for n, m in enumerate(read_list(value, where), 1))
+    return tuple(read_message(m, f"{where}, message {n}") for n, m in enumerate(read_list(value, where), 1))
 
 
-def _read_message(value: object, where: str) -> Message:
+def write_messages(messages: Iterable[Message]) -> list[dict[str, object]]:
+    """The messages in the form that `read_messages` reads."""
+    return [_write_message(message) for message in messages]
+
+
+def read_message(value: object, where: str) -> Message:
+    """The message in an object with `role` and `content`.
+
+    Raises:
+        SFTError: It is malformed, holds something that isn't text, or loses the order of its parts.
+    """
     fields = read_object(value, where)
     role = read_role(fields.get("role"), ROLES, f"{where}, key 'role'")
     content, reasoning, calls = _read_content(fields.get("content"), f"{where}, key 'content'")
@@ -113,8 +120,47 @@ def _read_message(value: object, where: str) -> Message:
         tool_calls=calls,
         tool_call_id=_optional_text(fields, ("tool_call_id",), where),
         name=_optional_text(fields, ("name",), where),
-        weight=read_weight(fields, where),
+        weight=_read_weight(fields, where),
     )
+
+
+def _write_message(message: Message) -> dict[str, object]:
+    fields: dict[str, object] = {"role": message.role, "content": message.content}
+    if message.tool_calls and not message.content:
+        fields["content"] = None
+    if message.reasoning is not None:
+        fields["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        fields["tool_calls"] = [_write_call(call) for call in message.tool_calls]
+    for key, value in (("tool_call_id", message.tool_call_id), ("name", message.name)):
+        if value is not None:
+            fields[key] = value
+    if message.weight is not None:
+        fields["weight"] = write_weight(message.weight)
+    return fields
+
+
+def _write_call(call: ToolCall) -> dict[str, object]:
+    function = {"name": call.name, "arguments": write_arguments(call.arguments)}
+    identity = {} if call.id is None else {"id": call.id}
+    return {**identity, "type": "function", "function": function}
+
+
+def _read_weight(fields: Mapping[str, object], where: str) -> float | None:
+    """The weight of a message, or the one that all its parts have."""
+    weight = read_weight(fields, where)
+    parts = fields.get("content")
+    if not isinstance(parts, list) or not parts:
+        return weight
+    given = [read_weight(read_object(p, where), f"{where}, part {n}") for n, p in enumerate(parts, 1)]
+    weights = {weight if each is None else each for each in given}
+    if len(weights) > 1 or (weight is not None and weights != {weight}):
+        raise SFTError(
+            f"the parts of one message have different loss weights: {given}",
+            where=f"{where}, key 'content'",
+            fix="give the message one weight; or write the rows as text with the format Segments",
+        )
+    return weights.pop()
 
 
 def _read_content(value: object, where: str) -> tuple[str | None, str | None, tuple[ToolCall, ...]]:

@@ -6,8 +6,16 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from lightning_sft import Conversation, DataFormat, Message, Row, Segments, SFTError
-from lightning_sft_formats.fields import check_trained, kind, read_column, read_filled, read_text
-from lightning_sft_formats.messages import read_messages, read_row_tools
+from lightning_sft_formats.fields import (
+    check_trained,
+    kind,
+    read_column,
+    read_filled,
+    read_row_tools,
+    read_text,
+)
+from lightning_sft_formats.messages import read_messages, write_messages
+from lightning_sft_formats.writing import as_conversation, as_segments, plain_text
 
 
 class PromptCompletion(DataFormat):
@@ -53,6 +61,40 @@ class PromptCompletion(DataFormat):
         if self.chat:
             return [Conversation((Message("user", text), Message("assistant", answer)))]
         return [Segments(((text, 0.0), (answer, 1.0)))]
+
+    def to_row(self, item: Conversation | Segments) -> dict[str, object]:
+        """The two texts; of a conversation the last message as the completion and the others as the prompt."""
+        if isinstance(item, Conversation) and not self.chat:
+            return self._messages_row(item)
+        if self.chat:
+            messages = as_conversation(item, tools=False).messages
+            kinds = [message.role for message in messages]
+            texts = [plain_text(message, f"message {n}") for n, message in enumerate(messages, 1)]
+            expected = ["user", "assistant"]
+        else:
+            segments = as_segments(item).segments
+            kinds, texts = [f"weight {weight:g}" for _, weight in segments], [text for text, _ in segments]
+            expected = ["weight 0", "weight 1"]
+        if kinds != expected:
+            raise SFTError(f"there are {', '.join(kinds)}, where a prompt and a completion are needed")
+        return {self.prompt: texts[0], self.completion: texts[1]}
+
+    def _messages_row(self, item: Conversation) -> dict[str, object]:
+        context, completion = item.messages[:-1], item.messages[-1:]
+        for number, message in enumerate(context, 1):
+            if message.role == "assistant" and message.weight is None:
+                raise SFTError(
+                    "more than one assistant turn is trained, only the last can be the completion",
+                    where=f"message {number}",
+                )
+        untrained = [
+            replace(m, weight=None) if m.role == "assistant" and m.weight == 0 else m for m in context
+        ]
+        row: dict[str, object] = {self.prompt: write_messages(untrained)}
+        row[self.completion] = write_messages(completion)
+        if item.tools:
+            row[self.tools] = list(item.tools)
+        return row
 
     def _conversation(self, row: Row, prompt: list[object], completion: list[object]) -> Conversation:
         where = f"key {self.completion!r}"

@@ -315,3 +315,15 @@ def test_rows_of_which_a_format_makes_nothing_are_counted(rows_file, renderer):
         [Source(str(path), format=Every())], renderer, max_length=None, overlong="drop"
     ).ledgers
     assert (ledger.rows, ledger.rows_without_conversation, ledger.conversations) == (9, 6, 6)
+
+
+def test_rows_that_a_format_puts_together_are_counted_before_and_after(rows_file, renderer):
+    def message(name, parent, role):
+        return {"message_id": name, "parent_id": parent, "text": f"hello {name}", "role": role}
+
+    rows = [message("a", None, "prompter"), message("b", "a", "assistant"), message("c", None, "prompter")]
+    prepared = prepare([Source(rows_file(rows))], renderer, max_length=None, overlong="drop")
+    (ledger,) = prepared.ledgers
+    assert ledger.format.startswith("format OASST")
+    assert (ledger.rows, ledger.gathered_rows, ledger.rows_without_conversation) == (3, 2, 1)
+    assert (ledger.conversations, ledger.examples) == (1, 1)

@@ -186,3 +186,33 @@ def test_it_matches_files_with_its_column():
     assert Messages().matches(frozenset({"messages", "tools"}))
     assert not Messages().matches(frozenset({"conversations"}))
     assert Messages(messages="chat").matches(frozenset({"chat"}))
+
+
+def parts(*weights, key="weight"):
+    return [{"type": "text", "text": "b"} | ({} if w is None else {key: w}) for w in weights]
+
+
+@pytest.mark.parametrize("key", ["weight", "loss_weight", "train", "training"])
+def test_a_weight_that_all_parts_have_is_the_messages(key):
+    assert convert(ASK, {"role": "assistant", "content": parts(1, 1, key=key)}).messages[1].weight == 1.0
+    untrained = convert({"role": "assistant", "content": parts(0, key=key)}, ANSWER).messages[0]
+    assert (untrained.content, untrained.weight) == ("b", 0.0)
+
+
+def test_parts_without_a_weight_have_that_of_the_message():
+    assert assistant(content=parts(None, 0.5), weight=0.5).weight == 0.5
+    assert assistant(content=parts(None, None)).weight is None
+    assert assistant(content=parts(None, None), weight=0.5).weight == 0.5
+
+
+@pytest.mark.parametrize(("weights", "fields"), [((0, 1), {}), ((None, 1), {}), ((1,), {"weight": 0.5})])
+def test_parts_of_different_weights_are_refused_rather_than_ignored(weights, fields):
+    with pytest.raises(SFTError, match="different loss weights") as error:
+        assistant(content=parts(*weights), **fields)
+    assert error.value.where == "key 'messages', message 2, key 'content'"
+
+
+def test_a_part_with_a_weight_that_is_none_is_placed():
+    with pytest.raises(SFTError, match="number of 0 or more") as error:
+        assistant(content=parts(1, "no"))
+    assert error.value.where == "key 'messages', message 2, part 2, key 'weight'"

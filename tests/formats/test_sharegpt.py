@@ -155,3 +155,45 @@ def test_the_options_name_the_keys():
 def test_it_matches_files_with_its_column():
     assert ShareGPT().matches(frozenset({"conversations", "id"}))
     assert not ShareGPT().matches(frozenset({"messages"}))
+
+
+def test_other_names_of_speakers_are_mapped():
+    format = ShareGPT(
+        roles={"Kunde": "user", "Agent": "assistant", "calls": "function_call", "gpt": "system"}
+    )
+    call = '{"name": "f", "arguments": {}}'
+    pairs = [("gpt", "s"), ("Kunde", "a"), ("calls", call), ("observation", "1"), ("Agent", "b")]
+    (conversation,) = format.convert({"conversations": turns(*pairs)})
+    assert [m.role for m in conversation.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert conversation.messages[2].tool_calls == (ToolCall("f", {}),)
+
+
+def test_a_mapping_to_no_role_is_refused():
+    with pytest.raises(SFTError, match="the role of 'Kunde' is 'customer'") as error:
+        ShareGPT(roles={"Kunde": "customer"})
+    assert error.value.where == "roles"
+    assert "user, assistant, function_call, system, tool" in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("fields", "weight"),
+    [
+        ({"train": False}, 0.0),
+        ({"training": True}, 1.0),
+        ({"loss_weight": 0.5}, 0.5),
+        ({"train": None}, None),
+    ],
+)
+def test_the_names_of_loss_weights(fields, weight):
+    row = {"conversations": [{"from": "gpt", "value": "b", **fields}, *turns(("gpt", "c"))]}
+    (conversation,) = ShareGPT().convert(row)
+    assert conversation.messages[0].weight == weight
+
+
+@pytest.mark.parametrize("key", ["train_detail", "training_detail"])
+def test_weights_of_ranges_of_characters_are_refused_rather_than_ignored(key):
+    detail = [{"begin_offset": 0, "end_offset": 3, "train": False}]
+    row = {"conversations": [{"from": "gpt", "value": "Hello.", key: detail}]}
+    with pytest.raises(SFTError, match="range of its characters") as error:
+        ShareGPT().convert(row)
+    assert error.value.where == f"key 'conversations', message 1, key {key!r}"

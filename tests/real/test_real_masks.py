@@ -6,7 +6,8 @@ import pytest
 from chat_families import as_dicts, law, template_ids, trained_turns
 
 from lightning_sft import Renderer, SFTError
-from lightning_sft.data.sources import Source, convert_rows, read_rows
+from lightning_sft.data.conversion import convert_rows
+from lightning_sft.data.sources import Source, read_rows
 from lightning_sft_formats.alpaca import Alpaca
 from lightning_sft_formats.sharegpt import ShareGPT
 

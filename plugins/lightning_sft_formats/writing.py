@@ -1,0 +1,68 @@
+"""Writing rows: what the formats share, with errors that say what a format has no place for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from lightning_sft import Conversation, Message, Segments, SFTError
+
+
+def as_conversation(item: Conversation | Segments, *, tools: bool = True) -> Conversation:
+    """The item, which has to be a conversation.
+
+    Args:
+        item: What is to be written.
+        tools: Whether the format has a place for tools.
+
+    Raises:
+        SFTError: It is text without roles, or has tools.
+    """
+    if not isinstance(item, Conversation):
+        raise SFTError("text segments have no roles, so no messages can be made of them")
+    if item.tools and not tools:
+        raise SFTError("there is no place for the conversation's tools")
+    return item
+
+
+def as_segments(item: Conversation | Segments) -> Segments:
+    """The item, which has to be text.
+
+    Raises:
+        SFTError: It is a conversation: its text depends on the model's chat template.
+    """
+    if not isinstance(item, Segments):
+        raise SFTError("a conversation becomes text only through a model's chat template")
+    return item
+
+
+def plain_text(message: Message, where: str) -> str:
+    """The text of a message that is nothing but role and text.
+
+    Raises:
+        SFTError: The message has more than that; says what.
+    """
+    refuse(message, where, "reasoning", "tool_calls", "tool_call_id", "name", "weight")
+    return message.content
+
+
+def refuse(message: Message, where: str, *fields: str) -> None:
+    """Return if the message has none of these fields of `Message`.
+
+    Raises:
+        SFTError: It has one.
+    """
+    for field in fields:
+        value = getattr(message, field)
+        if value is not None and value != ():
+            raise SFTError(f"there is no place for the {message.role} message's {field}", where=where)
+
+
+def write_weight(weight: float) -> float | int:
+    """A loss weight as people write it: 1 and not 1.0."""
+    return int(weight) if weight.is_integer() else weight
+
+
+def write_arguments(arguments: Mapping[str, object] | str) -> str:
+    """A tool call's arguments as JSON text, as OpenAI's files have them."""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
