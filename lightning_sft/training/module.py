@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from lightning_sft import assets, plugins
 from lightning_sft.bases import Adapter, Loss
 from lightning_sft.errors import SFTError
-from lightning_sft.rendering import Renderer
+from lightning_sft.rendering import Renderer, RenderPolicies
 from lightning_sft.training import schedule as schedules
 from lightning_sft.training.head import NLL, weighted_loss
 from lightning_sft.training.layout import Layout, causal_lm, find_layout, hidden_states, stock_attention
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from lightning_sft.data.batch import Batch
 
+_EVERY_TURN = RenderPolicies()
 _PRECISION_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
@@ -47,6 +49,7 @@ class SFTModule(LightningModule):
         tokenizer: Folder or Hub id of another tokenizer than the base's own.
         chat_template: A Jinja file, or one of the shipped templates (plain, alpaca, chatml); by default the
             tokenizer's own, or `plain` if it has none.
+        render: Which parts of a conversation are trained.
         dtype: Type of the loaded weights; by default what `trainer.precision` implies: bfloat16 for
             `bf16-true`, float16 for `16-true`, else float32.
         trust_remote_code: Run model code that comes with the base. Only for sources you trust.
@@ -66,6 +69,7 @@ class SFTModule(LightningModule):
         revision: str | None = None,
         tokenizer: str | None = None,
         chat_template: str | None = None,
+        render: RenderPolicies = _EVERY_TURN,
         dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
         trust_remote_code: bool = False,
         learning_rate: float | None = None,
@@ -82,6 +86,7 @@ class SFTModule(LightningModule):
         self.revision = revision
         self.tokenizer_name = tokenizer
         self.chat_template = chat_template
+        self.render = render
         self.load_dtype = dtype
         self.trust_remote_code = trust_remote_code
         self.learning_rate = self.adapter.default_learning_rate if learning_rate is None else learning_rate
@@ -133,7 +138,7 @@ class SFTModule(LightningModule):
     @cached_property
     def renderer(self) -> Renderer:
         """Renders conversations with this model's tokenizer and chat template."""
-        return Renderer(self.tokenizer, self.chat_template)
+        return Renderer(self.tokenizer, self.chat_template, **asdict(self.render))
 
     @cached_property
     def layout(self) -> Layout:
