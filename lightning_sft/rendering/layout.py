@@ -245,14 +245,18 @@ class _Rendered:
         if found:
             at, length = min(found)
             return at, at - length
+        through = self.template.render(self.messages[: number + 1], self.tools)
         if not none:
+            ends_as_last = any(stop in through[after:] for stop in stops)
             raise SFTError(
-                f"the chat template writes no end-of-turn token ({' or '.join(stops)}) after this turn",
+                f"the chat template writes no end-of-turn token ({' or '.join(stops)}) after this turn"
+                + (" once others follow" if ends_as_last else ""),
                 where=self.places[number],
-                fix="use a chat template that ends every assistant turn (model.chat_template)",
+                fix=_SPLIT
+                if ends_as_last
+                else "use a chat template that ends every assistant turn (model.chat_template)",
             )
-        through = self.template.render(self.messages[: number + 1], self.tools).rstrip()
-        end = max(after, min(_common(through, self.text), limit))
+        end = max(after, min(_common(through.rstrip(), self.text), limit))
         return end, end
 
     def _check_history_is_kept(self, number: int, end: int) -> None:

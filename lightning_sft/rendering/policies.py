@@ -13,7 +13,7 @@ TrainOn = Literal["all_turns", "last_turn"]
 TrainOnEOT = Literal["turn", "last", "none"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: jsonargparse reads defaults with vars()
 class RenderPolicies:
     """Which parts of a conversation are trained; the results of tools never are.
 
