@@ -36,7 +36,9 @@ MISTRAL3 = """\
 {%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages %}
     {%- if m.role == 'user' %}
-        {%- if tools and loop.index0 == ns.last %}{{ '[AVAILABLE_TOOLS] ' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{% endif %}
+        {%- if tools and loop.index0 == ns.last %}
+            {{- '[AVAILABLE_TOOLS] ' + tools | tojson + '[/AVAILABLE_TOOLS]' }}
+        {%- endif %}
         {{- '[INST] ' + (system if loop.index0 == ns.last else '') + m.content + '[/INST]' }}
     {%- elif m.tool_calls %}
         {{- '[TOOL_CALLS] [' }}
@@ -188,19 +190,20 @@ BAICHUAN = """\
 
 REFORMATTING = """\
 {%- for m in messages %}
-    {{- '<|im_start|>' + m.role + '\\n' + m.content | trim | replace('\\r\\n', '\\n') | replace('\\t', '    ') | upper }}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {{- m.content | trim | replace('\\r\\n', '\\n') | replace('\\t', '    ') | upper }}
     {{- ' <|im_end|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 ORCA = """\
 {%- for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"""
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"""
 
 _HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _ALL = frozenset({"tools", "reasoning", "any order", "no history"})
 _IN_TURN = _ALL - {"any order"}  # an assistant that speaks twice is history to itself
-_R1 = ("<｜User｜>", "<｜Assistant｜>", "<｜end｜>", "<think>", "</think>")
+R1_TOKENS = ("<｜User｜>", "<｜Assistant｜>", "<｜end｜>", "<think>", "</think>")
 _CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
 _QWEN = (*IM, "<think>", "</think>", "<tool_call>", "</tool_call>")
 

@@ -4,7 +4,6 @@ import pytest
 from chat_families import (
     EOS,
     FAMILIES,
-    META,
     TOKENIZERS,
     Family,
     as_dicts,
@@ -14,7 +13,7 @@ from chat_families import (
     template_ids,
     trained_turns,
 )
-from chat_families_newer import DEEPSEEK_R1, NEWER, QWEN3, REWRITING, SMOLLM, _R1
+from chat_families_newer import DEEPSEEK_R1, NEWER, R1_TOKENS, REWRITING, SMOLLM
 from test_rendering import CALLS, CONVERSATIONS, ORDERS, THOUGHTS, can, chat, check, imitations
 
 from lightning_sft import Conversation, Message, Renderer, SFTError
@@ -137,7 +136,7 @@ def test_a_thought_in_the_content_is_found_where_the_template_takes_it_apart(kin
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_a_generation_prompt_that_opens_what_the_turn_leaves_out(kind):
-    tokenizer = build_tokenizer(kind, _R1)
+    tokenizer = build_tokenizer(kind, R1_TOKENS)
     renderer = make_renderer(tokenizer, DEEPSEEK_R1)
     for answer in ("2", "<b>2</b>", "<"):
         example = renderer.render(chat("1+1?", answer, "and?", "5"))
@@ -176,4 +175,3 @@ def test_there_are_enough_families():
     assert len(ALL) >= 20
     assert len({family.template for family in ALL.values()}) == len(ALL)
     assert {*CALLS, *THOUGHTS, *ORDERS} < {*CONVERSATIONS}
-    assert QWEN3 and META.row == 7

@@ -244,12 +244,15 @@ TEXTS = st.lists(
     st.one_of(st.text(max_size=8), st.sampled_from(["<|im_end|>", "### assistant:\n", EOS, "a", " ", "\n"])),
     max_size=4,
 ).map("".join)
+TURNS = st.lists(
+    st.tuples(TEXTS, TEXTS.filter(str.strip), st.sampled_from([None, 0.0, 0.5])), min_size=1, max_size=3
+)
 
 
 @settings(max_examples=120, deadline=None)
 @given(
     header=HEADERS, change=FILTERS, end=ENDS, before=BEFORE, after=AFTER,
-    turns=st.lists(st.tuples(TEXTS, TEXTS.filter(str.strip), st.sampled_from([None, 0.0, 0.5])), min_size=1, max_size=3),
+    turns=TURNS,
     kind=st.sampled_from(TOKENIZERS), train_on=st.sampled_from(["all_turns", "last_turn"]),
     eot=st.sampled_from(["turn", "last", "none"]), split=st.booleans(),
 )  # fmt: skip
@@ -258,7 +261,8 @@ def test_any_template_and_policy(header, change, end, before, after, turns, kind
     opening = "'" + head.replace("{r}", "' + {} + '") + "'"
     template = (
         f"{before}{{% for m in messages %}}{{{{ {opening.format('m.role')} + (m.content{change}) + '{tail}' }}}}"
-        f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {opening.format(repr('assistant'))} }}}}{{% endif %}}{after}"
+        f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {opening.format(repr('assistant'))} }}}}{{% endif %}}"
+        f"{after}"
     )
     made = renderer(kind, template, train_on=train_on, train_on_eot=eot, split_turns=split)
     messages = [

@@ -61,7 +61,7 @@ def prepare(
     prepared = Prepared()
     for source in sources:
         rows = read_rows(source)
-        format, rows = _format_of(source, rows)
+        format, rows = format_of(source, rows)
         description = plugins.describe(format)
         ledger = SourceLedger(source=source.path, format=description)
         converted: set[tuple[str, int]] = set()
@@ -127,9 +127,14 @@ def check_ids(prepared: Prepared, vocabulary: int) -> None:
             )
 
 
-def _format_of(
+def format_of(
     source: Source, rows: Iterator[tuple[Meta, Row]]
 ) -> tuple[DataFormat, Iterator[tuple[Meta, Row]]]:
+    """The source's format (by the columns of its first row where it is `auto`), and all its rows again.
+
+    Raises:
+        SFTError: No format fits the columns, or several do.
+    """
     if source.format != "auto":
         return source.format, rows
     first = next(rows)  # read_rows refuses a source without rows

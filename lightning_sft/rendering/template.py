@@ -56,6 +56,19 @@ class Template:
                 fix="change the row, or use another chat template (model.chat_template)",
             ) from error
 
+    def tagged(self, messages: Sequence[Message], tools: Tools) -> list[tuple[int, int]]:
+        """The characters inside the template's `{% generation %}` tags, as (start, end)."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        _, indices = render_jinja_template(
+            conversations=[[as_chat_message(message) for message in messages]],
+            tools=list(tools) or None,
+            chat_template=self.text,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        return [(int(start), int(end)) for start, end in indices[0]]
+
     @cached_property
     def stop_token(self) -> str:
         """The token that ends an assistant's answer: the first added token after its content.
