@@ -19,7 +19,7 @@ class RenderPolicies:
 
     Args:
         train_on: Train every assistant turn, or the last one of each conversation alone.
-        train_on_eot: Train the end-of-turn token of every trained turn, of the last one alone, or of none; with
+        train_on_eot: Train the end-of-turn token of every trained turn, of each example's last one, or of none; with
             none a chat template needs no end-of-turn token, and the model doesn't learn to stop.
         train_reasoning: Train the text of the reasoning; without, only the tags around it are.
         prompt_weight: Loss weight of the text of system and user messages that have no weight of their own.
