@@ -19,6 +19,7 @@ _HOME = {
     "Loss": "lightning_sft.bases",
     "Message": "lightning_sft.conversation",
     "Meta": "lightning_sft.conversation",
+    "RenderPolicies": "lightning_sft.rendering",
     "Renderer": "lightning_sft.rendering",
     "Row": "lightning_sft.conversation",
     "SFTDataModule": "lightning_sft.data.datamodule",
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from lightning_sft.errors import SFTError
     from lightning_sft.evaluation.scorer import Scorer
     from lightning_sft.example import Example
-    from lightning_sft.rendering import Renderer
+    from lightning_sft.rendering import Renderer, RenderPolicies
     from lightning_sft.training.module import SFTModule
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "Loss",
     "Message",
     "Meta",
+    "RenderPolicies",
     "Renderer",
     "Row",
     "SFTDataModule",

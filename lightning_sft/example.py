@@ -24,6 +24,12 @@ class Reason(IntEnum):
     """Not trained: its message or segment has weight 0."""
     FIRST = 3
     """Not trained: the first token of an example has nothing before it to be predicted from."""
+    OTHER_TURN = 4
+    """Not trained: `train_on: last_turn` leaves this turn out, or it has an example of its own."""
+    REASONING = 5
+    """Not trained: reasoning, without `train_reasoning`."""
+    END_OF_TURN = 6
+    """Not trained: an end-of-turn token that `train_on_eot` leaves out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,12 +41,16 @@ class Example:
         weights: float32 `[T]`: the loss weight of each token *as a target*; 0 is not trained.
         reasons: uint8 `[T]`: a `Reason` for each token.
         meta: The file and row it comes from.
+        turn: The message that is trained, counted from 1, where each trained turn has an example of its own.
+        notes: What is worth knowing about how it was rendered; empty as a rule.
     """
 
     input_ids: NDArray[np.int32]
     weights: NDArray[np.float32]
     reasons: NDArray[np.uint8]
     meta: Meta
+    turn: int | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -530,7 +530,7 @@ def a_template_that_is_no_text(place: Place) -> list[str]:
 @says("good.jsonl, row 5", "no fours, please", "model.chat_template")
 def a_template_that_refuses_a_row(place: Place) -> list[str]:
     template = (
-        "{% for m in messages %}{% if '4' in m.content %}{{ raise_exception('no fours, please') }}{% endif %}"
+        "{% for m in messages %}{% if 'say 4' in m.content %}{{ raise_exception('no fours, please') }}{% endif %}"
         "{{ m.content }}<|im_end|>{% endfor %}"
     )
     return place.fit("--model.chat_template", place.file("mine.jinja", template))

@@ -41,7 +41,11 @@ def test_a_plugin_is_found_by_its_full_class_path(site: Path) -> None:
     assert find("formats", "odd_formats.Odd").name == "Odd"
 
 
-def test_discovery_imports_nothing_and_lists_a_broken_plugin_beside_the_others(site: Path) -> None:
+def test_discovery_imports_nothing_and_lists_a_broken_plugin_beside_the_others(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("odd_formats", "shattered_mod"):  # another test may have imported one of that name
+        monkeypatch.delitem(sys.modules, module, raising=False)
     install_format(site, "stranger-formats", "Odd", "odd_formats")
     install_broken(site)
     assert {"Odd", "Shattered"} <= {plugin.name for plugin in discover("formats")}

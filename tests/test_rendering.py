@@ -102,7 +102,11 @@ CONVERSATIONS = {
     "response like a piece of the prompt": chat("user", "user", "hello", "hello", "assistant", "assistant"),
     "very short responses": chat("a", "a", "1+1?", "2", "really?", ".", "ok", "👍", "x", "\u200b"),
     "empty prompt": chat("", "I begin."),
-    "texts like sentinels": chat("qxz0zxq0a", "qxz0zxq1a qxz1zxq qxz0zxq0b"),
+    "texts like sentinels": chat(
+        "900000000000", "9000000000000000011 900000000001 90000000000 9", "9", "900000000000"
+    ),
+    "digits around sentinels": chat("1+1?", "90", "00000", "9000000000000000001"),
+    "right-to-left": chat("שלום, מה שלומך?", "مَرْحَبًا بِكَ", "\u200fעוד\u200e", "\u202eشكرا\u202c"),
     **CALLS,
     **THOUGHTS,
     **ORDERS,
@@ -138,6 +142,7 @@ def check(family, kind, conversations):
         assert ((example.reasons == Reason.TRAINED) == (example.weights == 1)).all()
         assert ((example.reasons == Reason.CONTEXT) == (example.weights == 0)).all()
         assert example.meta is conversation.meta
+        assert example.turn is None
     assert renderer.stop_token == family.stop
     assert tokenizer.convert_ids_to_tokens(renderer.stop_token_ids) == list(dict.fromkeys([family.stop, EOS]))
 

@@ -36,8 +36,11 @@ def test_a_template_that_drops_earlier_reasoning_is_refused():
     message = refusal(
         chatml(FORGETFUL), conversation(("user", "1+1?"), thought, ("user", "ok"), ("assistant", "yes"))
     )
-    assert "row 7, message 2 (assistant): the chat template leaves out text of this message" in message
-    assert "or give this turn weight 0" in message
+    assert (
+        "row 7, message 2 (assistant): the chat template rewrites history: once others follow, the chat template "
+        "leaves out the reasoning of this message" in message
+    )
+    assert "set model.render.split_turns: true" in message
     chatml(FORGETFUL).render(conversation(("user", "1+1?"), thought))
 
 
@@ -114,10 +117,19 @@ def test_a_template_that_ends_only_the_last_turn_is_refused():
     assert "row 7, message 2 (assistant): the chat template writes no end-of-turn token (</s>)" in message
 
 
-@pytest.mark.parametrize("change", ["m.content | upper", "m.content[:3]"])
+@pytest.mark.parametrize(
+    "change", ["m.content | capitalize", "m.content[:3]", "m.content[:-1]", "m.content | reverse"]
+)
 def test_a_template_that_changes_the_text_is_refused(change):
     message = refusal(chatml(CHATML.replace("m.content", f"({change})")), PAIR)
     assert "the chat template changes the messages' text" in message
+
+
+@pytest.mark.parametrize("change", ["m.content | upper", "m.content.replace('l', '')"])
+def test_a_template_that_reformats_the_text_in_place_is_not(change):
+    renderer = chatml(CHATML.replace("m.content", f"({change})"))
+    (turn,) = trained_turns(renderer.tokenizer, renderer.render(PAIR))
+    assert turn[1] == ("HELLO<|im_end|>" if "upper" in change else "heo<|im_end|>")
 
 
 def test_a_template_that_repeats_a_trained_turn_is_refused():

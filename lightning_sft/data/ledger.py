@@ -1,6 +1,6 @@
 """Where every row and token went: nothing is lost silently.
 
-For each source: rows read → conversations converted → examples kept, truncated or dropped (with the reason);
+For each source: rows read → conversations converted → examples rendered → kept, truncated or dropped (with the reason);
 and tokens rendered = trained + context + truncated + dropped.
 """
 
@@ -43,12 +43,14 @@ class SourceLedger:
             together, such as the messages of a tree.
         rows_without_conversation: Gathered rows of which the format made none, on purpose.
         conversations: Conversations made of the others (a format may make several of a row).
+        rendered: Examples rendered: one of each conversation, or of each trained turn with `split_turns`.
         examples: Examples kept.
         tokens: Tokens rendered.
         trained_tokens: Tokens kept that are trained (weight above 0).
         context_tokens: Tokens kept that are not trained.
         truncated: What was cut off examples that were kept, by reason.
         dropped: What was dropped whole, by reason.
+        notes: What is worth knowing about how examples were rendered, with their number.
     """
 
     source: str
@@ -58,12 +60,14 @@ class SourceLedger:
     gathered_rows: int = 0
     rows_without_conversation: int = 0
     conversations: int = 0
+    rendered: int = 0
     examples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     context_tokens: int = 0
     truncated: dict[str, Loss] = field(default_factory=dict)
     dropped: dict[str, Loss] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
 
     def keep(self, example: Example) -> None:
         """Count an example that goes on."""
@@ -94,7 +98,7 @@ class SourceLedger:
         dropped = sum(loss.examples for loss in self.dropped.values())
         if self.tokens != self.trained_tokens + self.context_tokens + lost_tokens:
             raise AssertionError(f"tokens don't add up: {self}")
-        if self.conversations != self.examples + dropped:
+        if self.rendered != self.examples + dropped or self.rendered < self.conversations:
             raise AssertionError(f"examples don't add up: {self}")
 
     def as_json(self) -> dict[str, object]:

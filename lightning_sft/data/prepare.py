@@ -89,12 +89,14 @@ def prepare(
         while chunk := list(islice(conversations, _CHUNK)):
             ledger.conversations += len(chunk)
             converted.update(conversation.meta.place for conversation in chunk)
-            for conversation, example in zip(chunk, renderer.render_all(chunk), strict=True):
-                fitted = _fit(example, ledger, max_length, overlong)
-                if fitted is not None:
-                    prepared.examples.append(fitted)
-                    prepared.keys.append(prompt_key(conversation))
-                    prepared.sources.append(number)
+            for conversation, examples in zip(chunk, renderer.render_each(chunk), strict=True):
+                key = prompt_key(conversation)
+                for example in examples:
+                    fitted = _fit(example, ledger, max_length, overlong)
+                    if fitted is not None:
+                        prepared.examples.append(fitted)
+                        prepared.keys.append(key)
+                        prepared.sources.append(number)
         ledger.rows_without_conversation = ledger.gathered_rows - len(converted)
         ledger.check()
         prepared.ledgers.append(ledger)
@@ -157,7 +159,10 @@ def _counted(
 def _fit(
     example: Example, ledger: SourceLedger, max_length: int | None, overlong: Overlong
 ) -> Example | None:
+    ledger.rendered += 1
     ledger.tokens += len(example)
+    for note in example.notes:
+        ledger.notes[note] = ledger.notes.get(note, 0) + 1
     if max_length is None or len(example) <= max_length:
         ledger.keep(example)
         return example

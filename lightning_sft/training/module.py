@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -13,12 +14,11 @@ from torch import Tensor, nn
 from lightning_sft import assets, plugins
 from lightning_sft.bases import Adapter, Loss
 from lightning_sft.errors import SFTError
-from lightning_sft.rendering import Renderer
+from lightning_sft.rendering import Renderer, RenderPolicies
 from lightning_sft.training import schedule as schedules
 from lightning_sft.training.compiling import compile_blocks
 from lightning_sft.training.guard import GuardedModule, OnBadLoss, Watch, refuse_bad_weights
 from lightning_sft.training.head import NLL, weighted_loss
-from lightning_sft.training.host_memory import keep_freed_memory
 from lightning_sft.training.layout import Layout, causal_lm, find_layout, hidden_states, stock_attention
 from lightning_sft.training.memory import checkpoint_layers, explained
 from lightning_sft.training.metrics import TokenLoss, TokenPerplexity
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from lightning_sft.data.batch import Batch
 
+_EVERY_TURN = RenderPolicies()
 _PRECISION_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
@@ -51,6 +52,7 @@ class SFTModule(GuardedModule, Resumable):
         tokenizer: Folder or Hub id of another tokenizer than the base's own.
         chat_template: A Jinja file, or one of the shipped templates (plain, alpaca, chatml); by default the
             tokenizer's own, or `plain` if it has none.
+        render: Which parts of a conversation are trained.
         dtype: Type of the loaded weights; by default what `trainer.precision` implies: bfloat16 for
             `bf16-true`, float16 for `16-true`, else float32.
         trust_remote_code: Run model code that comes with the base. Only for sources you trust.
@@ -78,6 +80,7 @@ class SFTModule(GuardedModule, Resumable):
         revision: str | None = None,
         tokenizer: str | None = None,
         chat_template: str | None = None,
+        render: RenderPolicies = _EVERY_TURN,
         dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
@@ -99,6 +102,7 @@ class SFTModule(GuardedModule, Resumable):
         self.revision = revision
         self.tokenizer_name = tokenizer
         self.chat_template = chat_template
+        self.render = render
         self.load_dtype = dtype
         self.trust_remote_code = trust_remote_code
         self.gradient_checkpointing = gradient_checkpointing
@@ -155,7 +159,7 @@ class SFTModule(GuardedModule, Resumable):
     @cached_property
     def renderer(self) -> Renderer:
         """Renders conversations with this model's tokenizer and chat template."""
-        return Renderer(self.tokenizer, self.chat_template)
+        return Renderer(self.tokenizer, self.chat_template, **asdict(self.render))
 
     @cached_property
     def layout(self) -> Layout:
@@ -253,8 +257,6 @@ class SFTModule(GuardedModule, Resumable):
         if self.preflight:
             preflight(self)
         self.throughput.meter(self.loaded, peak_flops(self.device))
-        if self.device.type == "cpu":
-            keep_freed_memory()
 
     def weighted_loss(self, batch: Batch, loss: Loss) -> Tensor:
         """Σ weight · loss over the batch's targets: a scalar, in at least float32."""

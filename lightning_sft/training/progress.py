@@ -118,6 +118,7 @@ def summary(trainer: Trainer, module: SFTModule) -> str:
                 lines.append(
                     f"         left out {ledger.rows_without_conversation:,} rows: the format makes nothing of them"
                 )
+            lines += [f"         {number:,} examples: {note}" for note, number in ledger.notes.items()]
             for verb, account in (("dropped", ledger.dropped), ("truncated", ledger.truncated)):
                 lines += [
                     f"         {verb} {loss.examples:,} examples ({loss.tokens:,} tokens): {reason}"

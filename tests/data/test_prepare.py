@@ -327,3 +327,29 @@ def test_rows_that_a_format_puts_together_are_counted_before_and_after(rows_file
     assert ledger.format.startswith("format OASST")
     assert (ledger.rows, ledger.gathered_rows, ledger.rows_without_conversation) == (3, 2, 1)
     assert (ledger.conversations, ledger.examples) == (1, 1)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    talks=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=5),
+    max_length=st.integers(2, 120),
+    overlong=st.sampled_from(["drop", "truncate_right"]),
+)
+def test_every_turn_and_token_is_accounted_for_when_turns_are_split(
+    talks, max_length, overlong, rows_file, tokenizer
+):
+    renderer = Renderer(tokenizer, split_turns=True, train_on_eot="none")
+    rows = [{"messages": [m for n in talk for m in chat("a" * n, "b" * n)["messages"]]} for talk in talks]
+    path = rows_file(rows)
+    whole = prepare([Source(path)], renderer, max_length=None, overlong=overlong)
+    cut = prepare([Source(path)], renderer, max_length=max_length, overlong=overlong)
+    (all_of_it,), (ledger,) = whole.ledgers, cut.ledgers
+    assert ledger.conversations == len(talks)
+    assert ledger.rendered == all_of_it.examples == sum(map(len, talks)) == sum(ledger.notes.values())
+    lost = sum(loss.tokens for loss in ledger.lost)
+    assert ledger.tokens == sum(map(len, whole.examples)) == sum(map(len, cut.examples)) + lost
+    lost_trained = sum(loss.trained_tokens for loss in ledger.lost)
+    assert ledger.trained_tokens + lost_trained == sum(map(trained, whole.examples))
+    assert [example.turn for example in whole.examples] == [
+        2 * n + 2 for talk in talks for n in range(len(talk))
+    ]

@@ -3,7 +3,9 @@
 import re
 
 import pytest
-from chat_families import as_dicts, law, template_ids, trained_turns
+from chat_families import EOS, FAMILIES, as_dicts, law, template_ids, trained_turns
+from chat_families_newer import NEWER
+from test_rendering import CONVERSATIONS, can, imitations
 
 from lightning_sft import Renderer, SFTError
 from lightning_sft.data.conversion import convert_rows
@@ -55,13 +57,26 @@ def visible(tokenizer, text):
     return text
 
 
-def hold_against_the_law(renderer, stop, conversations):
+def across_the_boundary(tokenizer, example, turns, expected):
+    """The expected turns, each from the start of a token that reaches over the end of its prompt."""
+    trained = example.weights > 0
+    firsts = [n for n in range(len(trained)) if trained[n] and not trained[n - 1]]
+    for first, (prompt, _), (lawful, through) in zip(firsts, turns, expected, strict=True):
+        token = tokenizer.decode(example.input_ids[first : first + 1])
+        merged = lawful.startswith(prompt) and 0 < len(lawful) - len(prompt) < len(token)
+        yield (prompt if merged else lawful), through
+
+
+def hold_against_the_law(renderer, stop, conversations, *, merging=False):
     tokenizer, template = renderer.tokenizer, renderer.chat_template
     for conversation, example in zip(conversations, renderer.render_all(conversations), strict=True):
         assert example.input_ids.tolist() == template_ids(tokenizer, conversation, template)
         turns = list(law(tokenizer, conversation, template, stop))
         expected = [(visible(tokenizer, p), visible(tokenizer, p + turn)) for p, turn in turns]
-        assert [(p, p + turn) for p, turn in trained_turns(tokenizer, example)] == expected
+        found = trained_turns(tokenizer, example)
+        if merging:
+            expected = list(across_the_boundary(tokenizer, example, found, expected))
+        assert [(p, p + turn) for p, turn in found] == expected
         assert len(turns) == sum(m["role"] == "assistant" for m in as_dicts(conversation))
 
 
@@ -100,3 +115,22 @@ def test_the_stop_tokens_of_phi_3_are_its_end_and_eos(load):
     renderer, stop = load("phi-3-mini")
     assert renderer.stop_token == stop
     assert renderer.tokenizer.convert_ids_to_tokens(renderer.stop_token_ids) == ["<|end|>", "<|endoftext|>"]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *NEWER])
+@pytest.mark.parametrize("folder", ["gpt2", "phi-3-mini"])
+def test_the_law_holds_for_every_family_with_real_tokenizers(folder, family, shared):
+    from transformers import AddedToken, AutoTokenizer
+
+    given = (FAMILIES | NEWER)[family]
+    tokenizer = AutoTokenizer.from_pretrained(shared / "real" / "tokenizers" / folder)
+    known = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    missing = [token for token in given.added if token not in known]
+    tokenizer.add_tokens([AddedToken(token, normalized=False, rstrip=given.rstrip) for token in missing])
+    own = "{" in given.template
+    if own:
+        tokenizer.chat_template = given.template
+    renderer = Renderer(tokenizer, None if own else given.template)
+    stop = tokenizer.eos_token if given.stop == EOS else given.stop
+    talks = [CONVERSATIONS[name] for name in CONVERSATIONS if can(given, name)]
+    hold_against_the_law(renderer, stop, [*talks, *imitations(given)], merging=True)

@@ -1,0 +1,310 @@
+"""`lightning-sft preview`: what is trained of each example and why, on the same YAML as `fit`, without any weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_sft import assets, command_line, plugins
+from lightning_sft.conversation import Conversation, Meta, Row, Segments
+from lightning_sft.data.conversion import convert_rows, format_of
+from lightning_sft.data.datamodule import SFTDataModule
+from lightning_sft.data.sources import Source, read_rows
+from lightning_sft.errors import SFTError
+from lightning_sft.example import Reason
+from lightning_sft.rendering import Renderer
+from lightning_sft.rendering.encode import Rendering
+from lightning_sft.training.module import SFTModule
+
+REASONS = {
+    Reason.CONTEXT: "context",
+    Reason.TRAINED: "trained",
+    Reason.ZERO_WEIGHT: "not trained: weight 0",
+    Reason.FIRST: "not trained: nothing before it",
+    Reason.OTHER_TURN: "not trained: another turn",
+    Reason.REASONING: "not trained: reasoning",
+    Reason.END_OF_TURN: "not trained: end of turn",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token as it is shown.
+
+    Args:
+        id: Its id.
+        token: Its name in the vocabulary.
+        text: The characters it stands for, without those that a token before it has shown.
+        special: Whether it is an added token, such as `<|im_end|>`.
+        weight: Its loss weight.
+        reason: Why it is trained or not.
+        origin: Whose text it is: the template's, or that of a message or segment.
+    """
+
+    id: int
+    token: str
+    text: str
+    special: bool
+    weight: float
+    reason: str
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """An example as it is shown; one that is refused has an error and no tokens."""
+
+    source: str
+    row: int
+    turn: int | None
+    tokens: tuple[Token, ...] = ()
+    warnings: tuple[str, ...] = ()
+    error: str | None = None
+
+    @property
+    def title(self) -> str:
+        """Where the example comes from, and how much of it is trained."""
+        place = f"{self.source}, row {self.row}" + (f", message {self.turn}" if self.turn else "")
+        if self.error is not None:
+            return f"{place}: refused"
+        trained = [token.weight for token in self.tokens if token.weight > 0]
+        return f"{place}: {len(self.tokens):,} tokens, {len(trained):,} trained, Σ weights {sum(trained):g}"
+
+    def as_json(self) -> dict[str, object]:
+        """The example in JSON types."""
+        out: dict[str, object] = {"source": self.source, "row": self.row, "turn": self.turn}
+        if self.error is not None:
+            return out | {"error": self.error}
+        tokens = [
+            {name: getattr(token, name) for name in Token.__dataclass_fields__} for token in self.tokens
+        ]
+        return out | {"warnings": list(self.warnings), "tokens": tokens}
+
+
+def command(argv: Sequence[str]) -> None:
+    """Parse the command line and show the examples.
+
+    Raises:
+        SFTError: Something that the user gave is at fault.
+    """
+    command_line.quieten()
+    argv = [assets.config_path(argument) for argument in argv]
+    command_line.check_configs(argv)
+    plugins.load_named(plugins.named_in(argv))
+    try:
+        config = _parser().parse_args(argv)
+        rows = _row_numbers(config.rows)
+        if config.examples < 1:
+            raise SFTError(f"it is {config.examples}", where="--examples", fix="give at least 1")
+        module, data = _instantiated(config)
+        renderer, max_length = module.renderer, data.max_length or module.context_length
+    except SFTError as error:
+        raise command_line.in_config(error, argv) from error
+    sources = data.sources[config.part]
+    if not sources:
+        raise SFTError(
+            f"no data is given for {config.part}",
+            where=f"data.{config.part}",
+            fix="give a file, folder or Hub id",
+        )
+    shown = [
+        each
+        for conversation in _selected(sources, rows, config.examples)
+        for each in show(conversation, renderer, max_length, data.overlong)
+    ]
+    if config.json:
+        print(json.dumps([each.as_json() for each in shown], indent=1, ensure_ascii=False))
+    if config.html is not None:
+        from lightning_sft.preview_html import page
+
+        _write(Path(config.html), page(shown))
+        if not config.json:
+            print(f"Written: {config.html}")
+    if not config.json and config.html is None:
+        from lightning_sft.preview_text import print_examples
+
+        print_examples(shown)
+
+
+def show(
+    conversation: Conversation | Segments | Refused,
+    renderer: Renderer,
+    max_length: int | None = None,
+    overlong: str = "drop",
+) -> Iterator[Shown]:
+    """What becomes of a conversation: its examples, or why it is refused.
+
+    Args:
+        conversation: The conversation.
+        renderer: Renders it.
+        max_length: Most tokens of an example, for a warning.
+        overlong: What happens to a longer one.
+    """
+    meta = conversation.meta
+    if isinstance(conversation, Refused):
+        yield Shown(meta.source, meta.row, None, error=conversation.error)
+        return
+    try:
+        (renderings,) = renderer.explain([conversation])
+    except SFTError as error:
+        yield Shown(meta.source, meta.row, None, error=str(error))
+        return
+    for rendering in renderings:
+        warnings = list(rendering.example.notes)
+        if max_length is not None and (over := len(rendering.example) - max_length) > 0:
+            warnings.append(
+                f"{over:,} tokens longer than max_length {max_length:,}; data.overlong: {overlong}"
+            )
+        warnings += _tags_disagree(conversation, renderer, rendering)
+        yield Shown(
+            meta.source,
+            meta.row,
+            rendering.example.turn,
+            tuple(_tokens(conversation, renderer, rendering)),
+            tuple(warnings),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A row that its format can't convert."""
+
+    meta: Meta
+    error: str
+
+
+def _parser() -> Any:
+    from jsonargparse import ActionConfigFile
+    from lightning.pytorch import Trainer
+
+    from lightning_sft.cli import Parser
+
+    parser = Parser(prog="lightning-sft preview")
+    parser.description = "Show what is trained of the data's first examples, and why; loads no weights."
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="The YAML file of `fit`.")
+    parser.add_argument("-n", "--examples", type=int, default=3, help="Conversations to show of each source.")
+    parser.add_argument("--rows", type=str, default=None, help="Show these rows instead, such as 5,17.")
+    parser.add_argument("--part", choices=["train", "val", "test"], default="train", help="Of which data.")
+    parser.add_argument("--json", action="store_true", help="Print a JSON list with every token.")
+    parser.add_argument("--html", type=str, default=None, help="Write a page with the reason of every token.")
+    parser.add_lightning_class_args(SFTModule, "model")
+    parser.add_lightning_class_args(SFTDataModule, "data")
+    parser.add_lightning_class_args(Trainer, "trainer", required=False)
+    for name in ("seed_everything", "ckpt_path", "weights_only", "checkpoints"):  # of `fit`
+        parser.add_argument(f"--{name}", type=Any, default=None, help="As in `fit`; changes nothing here.")
+    return parser
+
+
+def _instantiated(config: Any) -> tuple[SFTModule, SFTDataModule]:
+    """The module and the data of a configuration; the trainer's callbacks are left alone."""
+    from lightning_sft.cli import Parser
+
+    parser = Parser()
+    parser.add_lightning_class_args(SFTModule, "model")
+    parser.add_lightning_class_args(SFTDataModule, "data")
+    made = parser.instantiate(parser.parse_object({"model": config.model, "data": config.data}))
+    return made.model, made.data
+
+
+def _row_numbers(given: str | None) -> set[int] | None:
+    if given is None:
+        return None
+    if not re.fullmatch(r"\s*[1-9]\d*(\s*,\s*[1-9]\d*)*\s*", given):
+        raise SFTError(
+            f"{given!r} are no row numbers", where="--rows", fix="give numbers from 1, such as 5,17"
+        )
+    return {int(number) for number in given.split(",")}
+
+
+def _selected(
+    sources: Sequence[Source], rows: set[int] | None, examples: int
+) -> Iterator[Conversation | Segments | Refused]:
+    """The conversations of the rows asked for, or the first of each source."""
+    missing, last = set(rows or ()), 0
+    for source in sources:
+        format, read = format_of(source, read_rows(source))
+        wanted, count = set(rows or ()), 0
+        for meta, row in read:
+            last = max(last, meta.row)
+            if rows is not None and meta.row not in rows:
+                continue
+            missing.discard(meta.row)
+            wanted.discard(meta.row)
+            for conversation in _converted(meta, row, format):
+                count += 1
+                yield conversation
+            if (rows is None and count >= examples) or (rows is not None and not wanted):
+                break
+    if missing:
+        listed = ", ".join(map(str, sorted(missing)))
+        raise SFTError(f"there is no row {listed}", where="--rows", fix=f"the last row is {last}")
+
+
+def _converted(meta: Meta, row: Row, format: Any) -> Iterator[Conversation | Segments | Refused]:
+    try:
+        yield from convert_rows([(meta, row)], format, plugins.describe(format))
+    except SFTError as error:
+        yield Refused(meta, str(error))
+
+
+def _tokens(
+    conversation: Conversation | Segments, renderer: Renderer, rendering: Rendering
+) -> Iterator[Token]:
+    example, text = rendering.example, rendering.text
+    names = renderer.tokenizer.convert_ids_to_tokens(example.input_ids.tolist())
+    added = set(renderer.tokenizer.added_tokens_decoder)
+    seen = 0
+    for n, (start, end) in enumerate(rendering.offsets.tolist()):
+        inside = 0 <= start < len(text)
+        piece = text[max(start, seen) : end] if inside else names[n]
+        seen = max(seen, end)
+        yield Token(
+            id=int(example.input_ids[n]),
+            token=names[n],
+            text=piece,
+            special=int(example.input_ids[n]) in added,
+            weight=float(example.weights[n]),
+            reason=REASONS[Reason(int(example.reasons[n]))],
+            origin=_origin(conversation, rendering.spans[int(rendering.span_of[n])].message),
+        )
+
+
+def _origin(conversation: Conversation | Segments, number: int | None) -> str:
+    if number is None:
+        return "template"
+    if isinstance(conversation, Segments):
+        return f"segment {number + 1}"
+    return f"message {number + 1} ({conversation.messages[number].role})"
+
+
+def _tags_disagree(
+    conversation: Conversation | Segments, renderer: Renderer, rendering: Rendering
+) -> list[str]:
+    """How the template's own `{% generation %}` tags differ from what is trained; nothing if they agree."""
+    if isinstance(conversation, Segments) or not re.search(r"\{%-?\s*generation\b", renderer.chat_template):
+        return []
+    turn = rendering.example.turn
+    part = conversation if turn is None else replace(conversation, messages=conversation.messages[:turn])
+    tagged = renderer.template.tagged(part.messages, part.tools)
+    starts = rendering.offsets[:, 0]
+    inside = [any(start <= at < end for start, end in tagged) for at in starts.tolist()]
+    trained = (rendering.example.weights > 0).tolist()
+    more = sum(a and not b for a, b in zip(inside, trained, strict=True))
+    fewer = sum(b and not a for a, b in zip(inside, trained, strict=True))
+    if not more and not fewer:
+        return []
+    return [
+        f"the template's generation tags hold {more:,} tokens that aren't trained, and leave out {fewer:,} that "
+        "are: weights, policies and the generation prompt decide, not the tags"
+    ]
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SFTError(f"the page can't be written: {error.strerror}", where=f"--html {path}") from error

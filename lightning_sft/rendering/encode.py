@@ -1,0 +1,127 @@
+"""From a text with weighted spans to token ids with weights: by the offsets of a fast tokenizer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightning_sft.errors import SFTError
+from lightning_sft.example import Example, Reason
+from lightning_sft.rendering.layout import Layout, Span
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+_TEMPLATE = Span(0, 0, 0.0, Reason.CONTEXT)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rendering:
+    """An example of `T` tokens with what it was made of.
+
+    Args:
+        example: Its ids, weights and reasons.
+        text: The rendered text.
+        offsets: int64 `[T, 2]`: the characters of each token; BOS and EOS around raw text have none.
+        spans: What the text consists of; the first stands for what the template itself wrote.
+        span_of: int64 `[T]`: the span that each token belongs to.
+    """
+
+    example: Example
+    text: str
+    offsets: NDArray[np.int64]
+    spans: tuple[Span, ...]
+    span_of: NDArray[np.int64]
+
+
+class Encoder:
+    """Encodes layouts in batches.
+
+    Args:
+        tokenizer: A fast tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        added = list(tokenizer.added_tokens_decoder)
+        self._added = np.zeros(max(len(tokenizer), *added, 0) + 1, dtype=bool)
+        self._added[added] = True
+
+    def encode(self, layouts: Sequence[Layout]) -> list[Rendering]:
+        """The renderings of the layouts.
+
+        Raises:
+            SFTError: No token of one would be trained; names its row.
+        """
+        if not layouts:
+            return []
+        encoded = self._offset_tokenizer(
+            [layout.text for layout in layouts],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        pairs = zip(layouts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [self._rendering(layout, ids, offsets) for layout, ids, offsets in pairs]
+
+    @cached_property
+    def _offset_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with offsets that hold all of a token's characters.
+
+        Some byte-level tokenizers (Llama 3's) leave a token's spaces out of its offsets, so that it can't be
+        told on which side of a boundary they are.
+        """
+        probe = self.tokenizer("a  b", add_special_tokens=False, return_offsets_mapping=True)
+        if all(before[1] >= after[0] for before, after in pairwise(probe["offset_mapping"])):
+            return self.tokenizer
+        from tokenizers.processors import Sequence as Processors
+
+        whole = copy.deepcopy(self.tokenizer)
+        whole.backend_tokenizer.post_processor = Processors([])
+        return whole
+
+    def _rendering(self, layout: Layout, ids: list[int], offsets: Sequence[tuple[int, int]]) -> Rendering:
+        if layout.prefix or layout.suffix:
+            behind = len(layout.text)
+            ids = [*layout.prefix, *ids, *layout.suffix]
+            offsets = [*((-1, -1) for _ in layout.prefix), *offsets]
+            offsets += [(behind, behind + 1) for _ in layout.suffix]
+        tokens = np.array(ids, dtype=np.int32)
+        chars = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids)).reshape(-1, 2)
+        spans = (_TEMPLATE, *layout.spans)
+        span_of = self._span_of(layout, tokens, chars)
+        weights = np.array([span.weight for span in spans], dtype=np.float32)[span_of]
+        reasons = np.array([span.reason for span in spans], dtype=np.uint8)[span_of]
+        if len(tokens) and weights[0] > 0:
+            weights[0], reasons[0] = 0.0, Reason.FIRST
+        if not (weights > 0).any():
+            raise SFTError(
+                "nothing to train on: no token of this row has a weight above 0",
+                where=str(layout.meta),
+                fix="remove the row, or give one of its messages a weight",
+            )
+        example = Example(tokens, weights, reasons, layout.meta, layout.turn, layout.notes)
+        return Rendering(example, layout.text, chars, spans, span_of)
+
+    def _span_of(
+        self, layout: Layout, tokens: NDArray[np.int32], chars: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """The number of the span that each token belongs to, counted from 1; 0 is the template's text."""
+        starts, ends = chars[:, 0], chars[:, 1]
+        span_of = np.zeros(len(tokens), dtype=np.int64)
+        for number, span in enumerate(layout.spans, 1):
+            inside = (starts >= span.start) & (starts < span.end)
+            for i in np.flatnonzero((starts < span.start) & (ends > span.start)):
+                # A token that reaches into the span has to be produced, so it is trained; except an added
+                # token of the header that has merely swallowed the whitespace after it.
+                inside[i] = not (self._added[tokens[i]] and layout.text[span.start : ends[i]].isspace())
+            span_of[inside] = number
+        return span_of

@@ -1,0 +1,301 @@
+"""What is trained of a text, by position: from located messages and policies to weighted spans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_sft.conversation import Conversation, Message, Meta
+from lightning_sft.errors import SFTError
+from lightning_sft.example import Reason
+from lightning_sft.rendering.locate import Piece, Wanted, locate
+from lightning_sft.rendering.policies import RenderPolicies, checked_weight
+from lightning_sft.rendering.template import Template, Tools, as_chat_message
+
+NO_EOT = "train_on_eot: none: no end of a turn is trained, and none is asked for"
+AFTERWARDS = "text to train on after the last trained turn is in no example (split_turns)"
+
+_KEEP = "use a chat template that keeps history (model.chat_template), or give the turn weight 0"
+_SPLIT = f"set model.render.split_turns: true, which renders each trained turn as inference does; or {_KEEP}"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The characters from `start` to before `end`, with what becomes of their tokens.
+
+    Args:
+        start: First character.
+        end: The character behind the last one.
+        weight: Loss weight of the tokens.
+        reason: Why they are trained or not.
+        message: The message (or segment) that they belong to, counted from 0.
+    """
+
+    start: int
+    end: int
+    weight: float
+    reason: Reason
+    message: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A text with its spans, before it is encoded; of spans that overlap, the later one counts.
+
+    `prefix` and `suffix` are token ids around the text; the suffix lies one character behind it.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    meta: Meta
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+    turn: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """A message's weight, and the reason for it."""
+
+    weight: float
+    reason: Reason
+
+
+def conversation_layouts(
+    template: Template, policies: RenderPolicies, conversation: Conversation
+) -> list[Layout]:
+    """The layout of a conversation; with `split_turns`, one of each trained turn.
+
+    Raises:
+        SFTError: It can't be rendered exactly; says which message and why, without the row's place.
+    """
+    shares = _shares(conversation.messages, policies)
+    turns = [n for n, m in enumerate(conversation.messages) if _is_trained_turn(m, shares[n])]
+    if not (policies.split_turns and turns):
+        return [_Rendered(template, policies, conversation, shares).layout()]
+    layouts, before = [], 0
+    rest = any(share.weight > 0 for share in shares[turns[-1] + 1 :])
+    for turn in turns:
+        own = [
+            share if before <= n or share.weight == 0 else _Share(0.0, Reason.OTHER_TURN)
+            for n, share in enumerate(shares[: turn + 1])
+        ]
+        part = Conversation(conversation.messages[: turn + 1], conversation.tools, conversation.meta)
+        notes = (AFTERWARDS,) if rest and turn == turns[-1] else ()
+        layouts.append(_Rendered(template, policies, part, own).layout(turn=turn + 1, notes=notes))
+        before = turn + 1
+    return layouts
+
+
+def _is_trained_turn(message: Message, share: _Share) -> bool:
+    return message.role == "assistant" and share.weight > 0
+
+
+def _shares(messages: Sequence[Message], policies: RenderPolicies) -> list[_Share]:
+    """What the messages' own weights and the policies make of each."""
+    shares = []
+    for number, message in enumerate(messages, 1):
+        place = _place(number, message)
+        if message.role == "assistant":
+            weight = checked_weight(1.0 if message.weight is None else message.weight, place)
+            shares.append(_Share(weight, Reason.TRAINED if weight > 0 else Reason.ZERO_WEIGHT))
+            continue
+        default = 0.0 if message.role == "tool" else policies.prompt_weight
+        weight = checked_weight(default if message.weight is None else message.weight, place)
+        if message.role == "tool" and weight > 0:
+            raise SFTError(
+                f"the result of a tool has weight {weight:g}, but the model never writes one",
+                where=place,
+                fix="give it weight 0, or none",
+            )
+        shares.append(_Share(weight, Reason.TRAINED if weight > 0 else Reason.CONTEXT))
+    if policies.train_on == "last_turn":
+        turns = [n for n, message in enumerate(messages) if message.role == "assistant"]
+        for turn in turns[:-1]:
+            shares[turn] = _Share(0.0, Reason.OTHER_TURN)
+    return shares
+
+
+def _place(number: int, message: Message) -> str:
+    return f"message {number} ({message.role})"
+
+
+class _Rendered:
+    """One rendering of a conversation, and what is trained of it."""
+
+    def __init__(
+        self,
+        template: Template,
+        policies: RenderPolicies,
+        conversation: Conversation,
+        shares: Sequence[_Share],
+    ) -> None:
+        self.template = template
+        self.policies = policies
+        self.conversation = conversation
+        self.shares = shares
+        self.places = [_place(n, message) for n, message in enumerate(conversation.messages, 1)]
+        self.messages = [as_chat_message(message) for message in conversation.messages]
+        self.tools: Tools = conversation.tools
+        self.text = template.render(self.messages, self.tools)
+        self.turns = [n for n, m in enumerate(conversation.messages) if _is_trained_turn(m, shares[n])]
+        self.notes: list[str] = []
+
+    def layout(self, turn: int | None = None, notes: tuple[str, ...] = ()) -> Layout:
+        """The text with its spans."""
+        located = self._located()
+        self._check_bos(located)
+        spans: list[Span] = []
+        for number, (pieces, share) in enumerate(zip(located, self.shares, strict=True)):
+            if not pieces:
+                continue
+            start, end = pieces[0].start, pieces[-1].end
+            if number in self.turns:
+                limit = min((p[0].start for p in located[number + 1 :] if p), default=len(self.text))
+                spans += self._turn(number, pieces, limit)
+            elif self.conversation.messages[number].role == "assistant" or share.weight > 0:
+                spans.append(Span(start, end, share.weight, share.reason, number))
+            else:
+                spans += [Span(piece.start, piece.end, 0.0, share.reason, number) for piece in pieces]
+        if self.policies.train_on_eot == "none":
+            self.notes.append(NO_EOT)
+        return Layout(self.text, tuple(spans), self.conversation.meta, turn=turn, notes=(*self.notes, *notes))
+
+    def _located(self) -> list[list[Piece]]:
+        wanted = [
+            Wanted(
+                place=place,
+                trained=share.weight > 0,
+                own=message.role == "assistant",
+                reasoning=self.policies.train_reasoning or message.role != "assistant",
+            )
+            for place, share, message in zip(
+                self.places, self.shares, self.conversation.messages, strict=True
+            )
+        ]
+        try:
+            return locate(self.template, self.messages, self.tools, self.text, wanted)
+        except SFTError as error:
+            raise self._explained(error, wanted) from None
+
+    def _explained(self, error: SFTError, wanted: Sequence[Wanted]) -> SFTError:
+        """The error, with `split_turns` as the remedy if nothing is wrong with the turn as the last one."""
+        turn = next((turn for turn in self.turns if self.places[turn] == error.where), len(self.messages))
+        if (end := turn + 1) >= len(self.messages):
+            return error
+        text = self.template.render(self.messages[:end], self.tools)
+        try:
+            locate(self.template, self.messages[:end], self.tools, text, wanted[:end])
+        except SFTError:
+            return error
+        what = f"the chat template rewrites history: once others follow, {error.what}"
+        return SFTError(what, where=error.where, fix=_SPLIT)
+
+    def _turn(self, number: int, pieces: Sequence[Piece], limit: int) -> list[Span]:
+        """The spans of a trained turn: what the model produces, without what the policies leave out."""
+        weight = self.shares[number].weight
+        start = self._start(number, pieces[0].start)
+        stop, end = self._stop(number, pieces[-1].end, limit)
+        self._check_history_is_kept(number, end)
+        spans = [Span(start, end, weight, Reason.TRAINED, number)]
+        if not self.policies.train_reasoning:
+            spans += [
+                Span(piece.start, piece.end, 0.0, Reason.REASONING, number)
+                for piece in pieces
+                if piece.part == "reasoning"
+            ]
+        trained_eot = {"turn": True, "last": number == self.turns[-1], "none": False}
+        if not trained_eot[self.policies.train_on_eot]:
+            spans.append(Span(stop, end, 0.0, Reason.END_OF_TURN, number))
+        return spans
+
+    def _start(self, number: int, first_piece: int) -> int:
+        """Where the generation prompt ends, which inference gives the model.
+
+        Some generation prompts open what the rendered turn leaves out, such as a `<think>` where there is no
+        reasoning. Such a turn is trained from where they part, provided that the history is the same.
+        """
+        history, place = self.messages[:number], self.places[number]
+        prompt = self.template.render(history, self.tools, generation_prompt=True)
+        if self.text.startswith(prompt):
+            if len(prompt) > first_piece:
+                raise SFTError("the generation prompt reaches into this message", where=place)
+            return len(prompt)
+        parted = _common(prompt, self.text)
+        if parted >= _common(prompt, self.template.render(history, self.tools)):
+            start = min(parted, first_piece)
+            self.notes.append(
+                f"the generation prompt ends with {prompt[start:]!r}, which the rendered turn leaves out: "
+                "trained from where they part"
+            )
+            return start
+        raise SFTError(
+            "the chat template renders this turn's history differently once the turn is there, so what inference "
+            f"would see is not a prefix of the whole; they part at {_parting(prompt, self.text)}",
+            where=place,
+            fix=_KEEP if number + 1 == len(self.messages) and number == self.turns[0] else _SPLIT,
+        )
+
+    def _stop(self, number: int, after: int, limit: int) -> tuple[int, int]:
+        """Where the end-of-turn token of a turn begins and ends."""
+        none = self.policies.train_on_eot == "none"
+        stops = self.template.known_stops if none else self.template.stop_tokens
+        found = [(at, -len(stop)) for stop in stops if (at := self.text.find(stop, after, limit)) >= 0]
+        if found:
+            at, length = min(found)
+            return at, at - length
+        through = self.template.render(self.messages[: number + 1], self.tools)
+        if not none:
+            ends_as_last = any(stop in through[after:] for stop in stops)
+            raise SFTError(
+                f"the chat template writes no end-of-turn token ({' or '.join(stops)}) after this turn"
+                + (" once others follow" if ends_as_last else ""),
+                where=self.places[number],
+                fix=_SPLIT
+                if ends_as_last
+                else "use a chat template that ends every assistant turn (model.chat_template)",
+            )
+        end = max(after, min(_common(through.rstrip(), self.text), limit))
+        return end, end
+
+    def _check_history_is_kept(self, number: int, end: int) -> None:
+        """Refuse a turn that is rendered differently once others follow, as the model would never write it."""
+        if number + 1 == len(self.messages):
+            return
+        through = self.template.render(self.messages[: number + 1], self.tools)
+        if not through.startswith(self.text[:end]):
+            raise SFTError(
+                "the chat template rewrites history: it renders this turn differently once others follow; they "
+                f"part at {_parting(through, self.text)}",
+                where=self.places[number],
+                fix=_SPLIT,
+            )
+
+    def _check_bos(self, located: Sequence[Sequence[Piece]]) -> None:
+        """Refuse a second BOS at the start; note a missing one."""
+        tokenizer = self.template.tokenizer
+        bos = tokenizer.bos_token
+        if not bos:
+            return
+        first_piece = min((pieces[0].start for pieces in located if pieces), default=len(self.text))
+        if self.text.startswith(bos + bos) and len(bos) < first_piece:
+            raise SFTError(
+                f"the chat template begins with two BOS tokens ({bos})",
+                where="model.chat_template",
+                fix="use a chat template that writes one",
+            )
+        if self.template.tokenizer_adds_bos and not self.text.startswith(bos):
+            self.notes.append(f"the chat template writes no BOS token ({bos}), which other texts get")
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters the texts have in common at their start."""
+    return next(
+        (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
+
+
+def _parting(expected: str, text: str) -> str:
+    at = _common(expected, text)
+    return f"character {at}: {expected[at : at + 40]!r} against {text[at : at + 40]!r}"
