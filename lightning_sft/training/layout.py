@@ -52,9 +52,9 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 def backbone(inner: PreTrainedModel) -> nn.Module:
     """The model without its head; the model itself where it can't be told apart.
 
-    `base_model` goes by a name, which may lead nowhere (Llama 4): it is the whole model then.
+    `base_model` goes by a name, which may lead nowhere: Llama 4's says `language_model`, and the attribute is `model`.
     """
-    found = inner.base_model if inner.base_model is not inner else inner.get_decoder()
+    found = inner.base_model if inner.base_model is not inner else getattr(inner, "model", inner)
     return cast(nn.Module, found)
 
 

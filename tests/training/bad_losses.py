@@ -14,9 +14,8 @@ class BadAt(Loss):
 
     Args:
         token: The id.
-        how: `nan` or `inf` losses, a finite loss with `gradient` NaN or one that `overflows` at 16 bits, or an
-            allocation that fails in the forward pass (`cuda`, `cpu`) or the backward pass (`backward`), or a
-            RuntimeError that is `another`.
+        how: `nan` or `inf` losses, a NaN `value` with a finite gradient, a finite loss with `gradient` NaN or one
+            that `overflows` at 16 bits, an allocation that fails (`cuda`, `cpu`), or a RuntimeError that is `another`.
     """
 
     def __init__(self, token: int, how: str = "nan") -> None:
@@ -30,6 +29,8 @@ class BadAt(Loss):
             return loss
         if self.how in ("nan", "inf"):
             return torch.where(hit, loss * float(self.how), loss)
+        if self.how == "value":
+            return loss + torch.where(hit, float("nan"), 0.0)
         if self.how == "gradient":
             return loss + torch.where(hit, _Wrong.apply(loss, float("nan")), 0)
         if self.how == "overflows":

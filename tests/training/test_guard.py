@@ -117,7 +117,7 @@ KINDS = [SFTModule, Plain]
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
+@pytest.mark.parametrize("how", ["nan", "inf", "value", "gradient"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_skip_leaves_weights_and_averages_bit_for_bit_as_they_were(
     kind, how, accumulate, model_folder, rows, token
@@ -190,16 +190,17 @@ def test_gradients_that_overflow_under_loss_scaling_are_for_the_scaler(kind, mod
     assert all(p.isfinite().all() for p in run.module.parameters())
 
 
+@pytest.mark.parametrize("how", ["nan", "value"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bad_loss_under_loss_scaling_is_skipped_or_stops_the_run(kind, model_folder, rows, token):
+def test_a_bad_loss_under_loss_scaling_is_skipped_or_stops_the_run(kind, how, model_folder, rows, token):
     def scaled():
         return [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1.0))]
 
-    run = fit(model_folder("llama"), rows, BadAt(token), "skip", kind=kind, plugins=scaled())
+    run = fit(model_folder("llama"), rows, BadAt(token, how), "skip", kind=kind, plugins=scaled())
     number = bad_step(run)
     assert run.module.watch.skipped == 1
     assert [same(*pair) for pair in zip(run.states, run.states[1:], strict=False)].index(True) == number
-    run = fit(model_folder("llama"), rows, BadAt(token), "stop", kind=kind, plugins=scaled())
+    run = fit(model_folder("llama"), rows, BadAt(token, how), "stop", kind=kind, plugins=scaled())
     assert "is nan" in run.error.what
 
 
