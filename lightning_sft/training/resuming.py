@@ -80,7 +80,7 @@ class Resumable(LightningModule):
         Raises:
             SFTError: With what has changed, or with the first few names that are missing or too many.
         """
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._check_run(checkpoint)
         trained = {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad}
         saved = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
@@ -127,6 +127,14 @@ def position(checkpoint: dict[str, Any]) -> tuple[int, int]:
     if batches["is_last_batch"]:
         return int(epochs["processed"]) + 1, 0
     return int(epochs["processed"]), int(batches["current"]["processed"])
+
+
+def has_ended(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint is of the end of its run: all its steps, or an early stop."""
+    run = checkpoint.get(_RUN)
+    if run is None:
+        return True
+    return bool(run["stopped"]) or 0 < run["to_come"]["steps of the run"] <= checkpoint["global_step"]
 
 
 def _settle(trainer: Trainer) -> None:
