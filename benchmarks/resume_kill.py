@@ -87,12 +87,20 @@ class Benchmark:
         }
         (folder / "kill.yaml").write_text(json.dumps(config))
         self.options = [f"--{option}" for option in given.set]
+        self.processes: list[_Run] = []
         self.resumed: list[int] = []
         self.anew = 0
         self.moments: list[int] = []
 
     def run(self) -> dict[str, object]:
         """Both runs, and what differs."""
+        try:
+            return self._compare()
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def _compare(self) -> dict[str, object]:
         began = time.monotonic()
         self._fit("--trainer.default_root_dir", "whole").check()
         alone = time.monotonic() - began
@@ -140,7 +148,8 @@ class Benchmark:
         return process
 
     def _fit(self, *arguments: str) -> _Run:
-        return _Run([*self.options, *arguments], self.folder)
+        self.processes.append(_Run([*self.options, *arguments], self.folder))
+        return self.processes[-1]
 
 
 class _Run:
@@ -189,9 +198,14 @@ class _Run:
             time.sleep(min(left, 10))
         if self.process.poll() is not None:
             return False
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.kill()
         return True
+
+    def kill(self) -> None:
+        """Kill it and the processes that it has started, if it still runs."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def check(self) -> None:
         """Wait for its end, which must be a good one."""

@@ -13,6 +13,8 @@ from typing import Any
 
 from lightning_sft.errors import SFTError
 from lightning_sft.run_folder import CHECKPOINTS, CONFIG, LAST, MODEL, RUNS
+from lightning_sft.training.models import load_checkpoint
+from lightning_sft.training.resuming import has_ended
 
 LAST_RUN, LAST_RUN_OR_NEW = "last", "auto"
 
@@ -100,24 +102,30 @@ def newest(config: Mapping[str, Any], *, any_seed: bool = False) -> Path | None:
     wanted = _flat(config, any_seed)
     same = [
         folder
-        for folder, other in _unfinished()
-        if last_of(folder).is_file() and _flat(other, any_seed) == wanted
+        for folder, other in _runs()
+        if last_of(folder).is_file() and _flat(other, any_seed) == wanted and not is_finished(folder)
     ]
     return max(same, key=lambda folder: last_of(folder).stat().st_mtime_ns, default=None)
 
 
-def _unfinished() -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """The runs without a model, with their configurations."""
+def is_finished(folder: Path) -> bool:
+    """Whether the run came to its end. A model alone may have been exported from a checkpoint on the way."""
+    if not (folder / MODEL).is_dir():
+        return False
+    return not last_of(folder).is_file() or has_ended(load_checkpoint(last_of(folder), weights_only=True))
+
+
+def _runs() -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """The runs, with their configurations."""
     import yaml
 
     for path in sorted(RUNS.glob(f"*/{CONFIG}")):
-        if not (path.parent / MODEL).is_dir():
-            try:
-                config = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (OSError, yaml.YAMLError):
-                continue
-            if isinstance(config, dict):
-                yield path.parent, config
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            continue
+        if isinstance(config, dict):
+            yield path.parent, config
 
 
 def _flat(config: Mapping[str, Any], any_seed: bool, prefix: str = "") -> dict[str, str]:
@@ -144,9 +152,9 @@ def _existing(path: Path) -> Path:
 
 
 def _refuse_finished(folder: Path, where: str) -> None:
-    if (folder / MODEL).is_dir():
+    if is_finished(folder):
         raise SFTError(
-            f"the run in {folder} is finished (it has {MODEL}/)",
+            f"the run in {folder} is finished",
             where=where,
             fix=f"to train on, start a new run from it: --ckpt_path {last_of(folder)} with another "
             "--trainer.default_root_dir and more trainer.max_epochs or max_steps",
@@ -157,28 +165,28 @@ def _none_found(config: Mapping[str, Any], any_seed: bool) -> SFTError:
     """Say what was looked for, and what the nearest run differs in."""
     looked = f"no unfinished run of this configuration under {RUNS.resolve()}"
     fix = "start it without --ckpt_path; --ckpt_path auto does so by itself"
+    where = "--ckpt_path last"
     wanted = _flat(config, any_seed)
-    nearest: tuple[int, str, str] | None = None
-    for folder, other in _unfinished():
+    others = []
+    for folder, other in _runs():
         found = _flat(other, any_seed)
         different = sorted(key for key in found | wanted if found.get(key) != wanted.get(key))
-        shown = [
-            f"{key}: {found.get(key, 'not there')} -> {wanted.get(key, 'not there')}" for key in different[:5]
-        ]
+        others.append((len(different), folder, found, different))
+    others.sort(key=lambda each: each[0])
+    for _, folder, found, different in others:
+        if is_finished(folder):
+            continue
         if not different:
-            return SFTError(
-                f"{looked} has a checkpoint: {folder} was stopped before its first",
-                where="--ckpt_path last",
-                fix=fix,
-            )
-        text = "".join(f"\n    {line}" for line in shown) + ("\n    ..." if len(different) > 5 else "")
-        if nearest is None or len(different) < nearest[0]:
-            nearest = (len(different), str(folder), text)
-    if nearest is None:
-        return SFTError(looked, where="--ckpt_path last", fix=fix)
-    _, name, text = nearest
-    return SFTError(
-        f"{looked}; the nearest, {name}, differs in{text}",
-        where="--ckpt_path last",
-        fix=f"{fix}; --trainer.default_root_dir {name} continues that one if the difference doesn't matter",
-    )
+            what = f"{looked} has a checkpoint: {folder} was stopped before its first"
+            return SFTError(what, where=where, fix=fix)
+        lines = [
+            f"\n    {key}: {found.get(key, 'not there')} -> {wanted.get(key, 'not there')}"
+            for key in different[:5]
+        ]
+        more = "\n    ..." if len(different) > 5 else ""
+        return SFTError(
+            f"{looked}; the nearest, {folder}, differs in{''.join(lines)}{more}",
+            where=where,
+            fix=f"{fix}; --trainer.default_root_dir {folder} continues that one if the difference doesn't matter",
+        )
+    return SFTError(looked, where=where, fix=fix)

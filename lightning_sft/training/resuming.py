@@ -139,6 +139,14 @@ def position(checkpoint: dict[str, Any]) -> tuple[int, int]:
     return int(epochs["processed"]), int(batches["current"]["processed"])
 
 
+def has_ended(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint is of the end of its run: all its steps, or an early stop."""
+    run = checkpoint.get(_RUN)
+    if run is None:
+        return True
+    return bool(run["stopped"]) or 0 < run["to_come"]["steps of the run"] <= checkpoint["global_step"]
+
+
 def _settle(trainer: Trainer) -> None:
     """Let Lightning begin the next epoch when the checkpoint is from between two epochs.
 

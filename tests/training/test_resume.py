@@ -50,6 +50,14 @@ RUN = Path("runs") / "my-1"
 LAST = RUN / "checkpoints" / "last.ckpt"
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model_folder) -> Path:
+    """The folder of a run of the plain configuration that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    fit(write_config(folder, model_folder("llama")), "--trainer.default_root_dir", folder / "run")
+    return folder / "run"
+
+
 def step_of(checkpoint: Path) -> int:
     return int(torch.load(checkpoint, weights_only=True)["global_step"])
 
@@ -60,17 +68,21 @@ FULL = {"adapter": "Full", "learning_rate": 1e-3}
 CASES = {
     # 20 rows in 10 batches, 5 steps an epoch: after which step the checkpoint is, what stops the run, options
     "inside the first epoch": (2, "batch_start:6", {}),
-    "inside an accumulation window": (2, "batch_end:5", {}),
-    "at an optimizer step": (2, "optimizer_step:3", {}),
+    "inside an accumulation window": pytest.param(2, "batch_end:5", {}, marks=pytest.mark.slow),
+    "at an optimizer step": pytest.param(2, "optimizer_step:3", {}, marks=pytest.mark.slow),
     "inside the second epoch": (7, "batch_start:16", {}),
-    "before the last batch of an epoch": (4, "batch_end:10", {}),
+    "before the last batch of an epoch": pytest.param(4, "batch_end:10", {}, marks=pytest.mark.slow),
     "at the end of an epoch": (4, "epoch_end:1", {}),
     "at the start of the next epoch": (5, "epoch_start:2", {}),
-    "workers": (7, "batch_start:16", {"data": {"num_workers": 2}}),
+    "workers": pytest.param(7, "batch_start:16", {"data": {"num_workers": 2}}, marks=pytest.mark.slow),
     "full": (3, "batch_start:7", {"model": FULL}),
     "after a validation inside an epoch": (2, "batch_start:5", {"trainer": {"val_check_interval": 4}}),
-    "before a validation": (1, "validation_end:1", {"trainer": {"val_check_interval": 4}}),
-    "max_steps, inside": (6, "batch_end:13", {"trainer": {"max_steps": 8, "max_epochs": -1}}),
+    "before a validation": pytest.param(
+        1, "validation_end:1", {"trainer": {"val_check_interval": 4}}, marks=pytest.mark.slow
+    ),
+    "max_steps, inside": pytest.param(
+        6, "batch_end:13", {"trainer": {"max_steps": 8, "max_epochs": -1}}, marks=pytest.mark.slow
+    ),
     "max_steps, between epochs": (5, "batch_start:11", {"trainer": {"max_steps": 8, "max_epochs": -1}}),
     "a limit and a short last window": (6, "batch_end:13", {"trainer": {"limit_train_batches": 7}}),
     "the last batch of an epoch is next": (9, "batch_end:10", {"trainer": {"accumulate_grad_batches": 1}}),
@@ -79,16 +91,18 @@ CASES = {
         "batch_end:14",
         {"trainer": {"val_check_interval": 3, "check_val_every_n_epoch": None}},
     ),
-    "no validation": (6, "epoch_start:2", {"data": {"val_split": None}}),
+    "no validation": pytest.param(6, "epoch_start:2", {"data": {"val_split": None}}, marks=pytest.mark.slow),
 }
 
 
 @pytest.mark.parametrize(("step", "stop", "options"), CASES.values(), ids=CASES.keys())
 def test_a_stopped_run_goes_on_as_the_one_that_was_not(
-    here, model_folder, step: int, stop: str, options: dict, capsys
+    here, model_folder, request, step: int, stop: str, options: dict, capsys
 ) -> None:
     config = write_config(here, model_folder("llama"), **options)
-    fit(config, "--trainer.default_root_dir", "whole")
+    whole = Path("whole") if options else request.getfixturevalue("whole")
+    if options:
+        fit(config, "--trainer.default_root_dir", whole)
     with pytest.raises(Stopped):
         fit(config, stop=stop)
     assert step_of(LAST) == step > 0
@@ -97,8 +111,8 @@ def test_a_stopped_run_goes_on_as_the_one_that_was_not(
     fit(config, "--ckpt_path", "last")
     assert f"Continuing {RUN} after step {step} " in capsys.readouterr().out
     assert [path.name for path in Path("runs").iterdir()] == ["my-1"]
-    assert metrics(RUN) == metrics(Path("whole"))  # every row, validation and the drawn noise included
-    assert same_weights(RUN, Path("whole"))
+    assert metrics(RUN) == metrics(whole)  # every row, validation and the drawn noise included
+    assert same_weights(RUN, whole)
 
 
 def test_only_the_steps_after_the_checkpoint_are_computed_again(config) -> None:
@@ -114,31 +128,27 @@ def test_only_the_steps_after_the_checkpoint_are_computed_again(config) -> None:
     assert again == before
 
 
-def test_workers_change_no_draw(here, model_folder) -> None:
-    config = write_config(here, model_folder("llama"), trainer={"max_epochs": 1})
-    fit(config)
+def test_workers_change_no_draw(config, whole) -> None:
     fit(config, "--data.num_workers", "2")
-    assert metrics(RUN) == metrics(Path("runs/my-2"))
+    assert metrics(RUN) == metrics(whole)
 
 
-def test_dropout_is_drawn_anew_for_every_batch_and_epoch(config) -> None:
-    fit(config)
-    draws = [row["noise/torch"] for row in metrics(RUN) if row["noise/torch"]]
+def test_every_batch_and_epoch_draws_anew(whole) -> None:
+    draws = [row["noise/torch"] for row in metrics(whole) if row["noise/torch"]]
     assert len(draws) == len(set(draws)) == 10
 
 
-def test_a_run_that_was_stopped_while_it_wrote_its_model_is_finished(config, monkeypatch) -> None:
+def test_a_run_that_was_stopped_while_it_wrote_its_model_is_finished(config, monkeypatch, whole) -> None:
     from lightning_sft_adapters.lora import LoRA
 
-    fit(config, "--trainer.default_root_dir", "whole")
     with monkeypatch.context() as patch:
         patch.setattr(LoRA, "export", raise_stopped)
         with pytest.raises(Stopped):
             fit(config)
     assert step_of(LAST) == 10
     fit(config, "--ckpt_path", "last")
-    assert same_weights(RUN, Path("whole"))
-    assert metrics(RUN) == metrics(Path("whole"))
+    assert same_weights(RUN, whole)
+    assert metrics(RUN) == metrics(whole)
 
 
 def test_a_run_that_early_stopping_ended_trains_no_further(here, model_folder, monkeypatch) -> None:
@@ -161,19 +171,17 @@ def test_a_run_that_early_stopping_ended_trains_no_further(here, model_folder, m
     assert same_weights(RUN, Path("whole"))
 
 
-def test_the_best_checkpoint_is_the_same_one(config) -> None:
-    fit(config, "--trainer.default_root_dir", "whole")
+def test_the_best_checkpoint_is_the_same_one(config, whole) -> None:
     with pytest.raises(Stopped):
         fit(config, stop="validation_end:2")
     fit(config, "--ckpt_path", "last")
-    best, other = ({path.name for path in (run / "checkpoints").iterdir()} for run in (RUN, Path("whole")))
+    best, other = ({path.name for path in (run / "checkpoints").iterdir()} for run in (RUN, whole))
     assert best == other
     assert len(best) == 2
 
 
 @pytest.mark.parametrize("batch", [6, 7], ids=["after a step", "inside an accumulation window"])
-def test_sigterm_makes_a_checkpoint(batch, config, monkeypatch) -> None:
-    fit(config, "--trainer.default_root_dir", "whole", "--checkpoints.every_n_steps", "null")
+def test_sigterm_makes_a_checkpoint(batch, config, monkeypatch, whole) -> None:
     calls = []
 
     def batch_end(self, trainer, *args) -> None:
@@ -191,7 +199,7 @@ def test_sigterm_makes_a_checkpoint(batch, config, monkeypatch) -> None:
         signal.signal(signal.SIGTERM, handler)
     assert step_of(LAST) == 3
     fit(config, "--ckpt_path", "last")
-    assert metrics(RUN) == metrics(Path("whole"))
+    assert metrics(RUN) == metrics(whole)
 
 
 def test_a_run_that_ended_inside_an_epoch_is_made_longer_from_there(here, model_folder) -> None:
@@ -263,9 +271,8 @@ def test_a_checkpoint_that_fails_to_be_written_leaves_the_one_before(tmp_path, m
     assert path.read_bytes() == before
 
 
-def test_no_checkpoint_holds_python_objects(config) -> None:
-    fit(config)
-    for path in (RUN / "checkpoints").iterdir():
+def test_no_checkpoint_holds_python_objects(whole) -> None:
+    for path in (whole / "checkpoints").iterdir():
         torch.load(path, weights_only=True)
 
 
@@ -362,6 +369,15 @@ def test_a_folder_in_which_another_process_trains_is_left_alone(stopped) -> None
     assert not (RUN / ".lock").exists()
 
 
+def test_a_stopped_run_whose_model_was_exported_is_not_finished(stopped_copy) -> None:
+    assert main(["export", str(RUN)]) == 0
+    assert (RUN / "model").is_dir()
+    fit(stopped_copy, "--ckpt_path", "last", "--trainer.default_root_dir", RUN)
+    assert list(losses(RUN)) == list(range(10))
+    with pytest.raises(SFTError, match="is finished"):
+        fit(stopped_copy, "--ckpt_path", "last", "--trainer.default_root_dir", RUN)
+
+
 def test_the_config_of_a_continued_run_is_that_of_the_run(stopped) -> None:
     before = (RUN / "config.yaml").read_text()
     fit(stopped, "--ckpt_path", "last")
@@ -444,15 +460,14 @@ def test_another_base_of_the_same_shape_is_refused(stopped_copy, model_folder) -
         fit(stopped_copy, "--ckpt_path", "last", "--trainer.default_root_dir", RUN, "--model.base", base)
 
 
-def test_what_changes_no_step_may_change(stopped_copy, model_folder) -> None:
-    fit(stopped_copy, "--trainer.default_root_dir", "whole")
+def test_what_changes_no_step_may_change(stopped_copy, model_folder, whole) -> None:
     base = Path(shutil.copytree(model_folder("llama"), "moved-base"))
     data = Path(shutil.copyfile("rows.jsonl", "moved.jsonl"))
     other = ["--data.num_workers", "1", "--trainer.log_every_n_steps", "3"]
     other += ["--trainer.callbacks", "[{class_path: resume_run.Noise}]"]
     other += ["--model.base", base, "--data.train", data, "--checkpoints.every_n_steps", "null"]
     fit(stopped_copy, "--ckpt_path", "last", "--trainer.default_root_dir", RUN, *other)
-    assert same_weights(RUN, Path("whole"))
+    assert same_weights(RUN, whole)
 
 
 def test_a_new_run_from_a_checkpoint_may_be_longer_but_not_of_other_data(stopped_copy, capsys) -> None:
