@@ -91,6 +91,29 @@ CASES = {
         "batch_end:14",
         {"trainer": {"val_check_interval": 3, "check_val_every_n_epoch": None}},
     ),
+    "packs, in the second epoch": (
+        5,
+        "batch_start:12",
+        {"data": {"packing": True, "pack_length": 90, "batch_size": 1}},
+    ),
+    "a token budget, in the second epoch": (5, "batch_start:12", {"data": {"batch_tokens": 90}}),
+    "packs of a mixture, in the second epoch": (
+        5,
+        "batch_start:12",
+        {
+            "data": {
+                "train": [{"path": "rows.jsonl", "weight": 0.7}, {"path": "rows.jsonl", "weight": 1.5}],
+                "packing": True,
+                "pack_length": 120,
+                "batch_size": 1,
+            }
+        },
+    ),
+    "a mixture at the start of an epoch": (
+        5,
+        "epoch_start:2",
+        {"data": {"train": [{"path": "rows.jsonl", "weight": 1.3}], "batch_tokens": 90}},
+    ),
     "no validation": pytest.param(6, "epoch_start:2", {"data": {"val_split": None}}, marks=pytest.mark.slow),
 }
 
