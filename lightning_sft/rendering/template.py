@@ -18,7 +18,7 @@ ChatMessage = dict[str, object]
 
 Tools = Sequence[Mapping[str, object]]
 
-_PROBE = "907182635401728"  # digits: templates that change the case of a text leave them alone
+_PROBE = "900000000000000"  # digits: templates that change the case of a text leave them alone
 
 
 class Template:
