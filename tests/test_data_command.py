@@ -19,8 +19,13 @@ TOOLS = '[{"type":"function","function":{"name":"f","parameters":{"b":1.0,"a":nu
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
+    """The current folder; what is imported from it is forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def write(name, rows):
