@@ -49,7 +49,17 @@ def test_a_kill_during_the_writing_leaves_the_last_good_checkpoint(tmp_path, mod
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "LIGHTNING_SFT_RUN_FOLDER"):
         environment.pop(variable, None)
-    command = [sys.executable, "-m", "lightning_sft", "fit", "--config", str(config)]
+    # Preflight would write a checkpoint of its own.
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_sft",
+        "fit",
+        "--config",
+        str(config),
+        "--model.preflight",
+        "false",
+    ]
     run = tmp_path / "runs" / "my-1"
     with subprocess.Popen(
         command, cwd=tmp_path, env={**environment, "LIGHTNING_SFT_TEST_SLOW_WRITING": "4"}, text=True,
