@@ -111,7 +111,7 @@ class Watch:
             if _known_at_once(bad) or (trainer.global_step + 1) % max(1, every) == 0:
                 self.settle(module)
         elif self.settle(module):
-            if fused:  # the scaler looks at the gradients only later, and then leaves the step out
+            if _unscales_itself(optimizer):  # the scaler's look at the gradients is still to come
                 gradients[0].fill_(float("nan"))
             else:
                 optimizer.zero_grad(set_to_none=True)
@@ -197,6 +197,11 @@ class GuardedModule(LightningModule):
         """Stop before the epoch's checkpoint if a step was bad."""
         super().on_train_epoch_end()
         self.watch.settle(self)
+
+
+def _unscales_itself(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler leaves unscaling, and the look for infinite values, to the optimizer's step."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def _known_at_once(answer: Tensor) -> bool:
