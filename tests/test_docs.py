@@ -37,7 +37,7 @@ def test_the_commands_of_the_page_run(page, tmp_path, monkeypatch, model_folder,
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in [*PAGES, "docs/quickstart.md", "docs/decisions.md", "CHANGELOG.md"]:
+    for page in [*PAGES, "docs/quickstart.md", "docs/speed.md", "docs/decisions.md", "CHANGELOG.md"]:
         text = (ROOT / page).read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!http)([^)#]+)", text):
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
