@@ -94,7 +94,11 @@ def lightning_sft(work: Workload, clock: Clock, **model: Any) -> None:
                 else "Full",
                 **model,
             },
-            "data": {"train": [{"path": work.raw, "format": work.format}], "batch_size": work.batch_size},
+            "data": {
+                "train": [{"path": work.raw, "format": work.format}],
+                "batch_size": work.batch_size,
+                "max_lost_fraction": 1.0,
+            },
             "trainer": {
                 "accelerator": "cpu",
                 "precision": work.precision,
@@ -316,7 +320,7 @@ def _trl(
 
     rows: list[dict[str, Any]] = work.rows()
     if raw:
-        given = [json.loads(line) for line in open(work.raw)]
+        given = [json.loads(line) for line in Path(work.raw).read_text().splitlines()]
         rows = [{"prompt": _prompt(row), "completion": row["output"]} for row in given]
     peft_config = None
     if work.lora:
