@@ -20,10 +20,10 @@ $(QUICK): pyproject.toml entry_points.txt constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
-quickstart: $(QUICK)  ## install, and fine-tune the embedded tiny model with LoRA (a minute)
+quickstart: $(QUICK)  ## install, and fine-tune the embedded tiny model with LoRA (a minute and a half)
 	$(BIN)/lightning-sft fit --config configs/quickstart.yaml
 
-tiny-base: $(STAMP)  ## pre-train the embedded tiny model anew (ten minutes)
+tiny-base: $(STAMP)  ## pre-train the embedded tiny model anew (13 minutes)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m lightning_sft.assets.build
 
 $(STAMP): pyproject.toml entry_points.txt constraints.txt
