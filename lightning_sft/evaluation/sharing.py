@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -21,6 +21,8 @@ Ids = tuple[int, ...]
 
 COST_OF_SHARING = 64
 """How many tokens a group's own forward pass and smaller batches cost, about."""
+
+_SHORT = 32
 
 
 class Target(NamedTuple):
@@ -77,27 +79,34 @@ def rows_of(requests: Sequence[Scored], *, branching: bool) -> list[Row]:
 
 def _rows(trunk: Ids, tails: dict[Ids, list[int]], branching: bool) -> Iterator[Row]:
     """The rows of one trunk; `tails` are the scored tokens of its requests."""
-    longest: list[Ids] = []
-    for branch in sorted({tail[:-1] for tail in tails}, reverse=True):
-        if not (longest and longest[-1][: len(branch)] == branch):
-            longest.append(branch)
-    for chosen in [longest] if branching else [[branch] for branch in longest]:
-        ids, places = list(trunk), []
+    branches: dict[Ids, list[Ids]] = {}  # to the tails that lie on each
+    longest: Ids | None = None
+    for tail in sorted(tails, key=lambda tail: tail[:-1], reverse=True):
+        if longest is None or longest[: len(tail) - 1] != tail[:-1]:
+            longest = tail[:-1]
+        branches.setdefault(longest, []).append(tail)
+    for chosen in _together(branches, max(len(trunk), _SHORT) if branching else 0):
+        row = Row(trunk, len(trunk))
         for branch in chosen:
-            places.append((len(ids), len(ids) + len(branch)))
-            ids += branch
-        row = Row(tuple(ids), len(trunk), tuple(place for place in places if place[0] < place[1]))
-        for tail in [tail for tail in tails if any(b[: len(tail) - 1] == tail[:-1] for b in chosen)]:
-            start = next(
-                place[0]
-                for place, branch in zip(places, chosen, strict=True)
-                if branch[: len(tail) - 1] == tail[:-1]
-            )
-            owners = tails.pop(tail)
-            for offset, token in enumerate(tail):
-                position = len(trunk) - 1 if offset == 0 else start + offset - 1
-                row.targets += [Target(position, token, owner) for owner in owners]
+            start = len(row)
+            row.ids += branch
+            row.branches += ((start, len(row)),) if branch else ()
+            for tail in branches[branch]:
+                for offset, token in enumerate(tail):
+                    position = len(trunk) - 1 if offset == 0 else start + offset - 1
+                    row.targets += [Target(position, token, owner) for owner in tails[tail]]
         yield row
+
+
+def _together(branches: Iterable[Ids], most: int) -> Iterator[list[Ids]]:
+    """Branches for one row each time: every position looks at all of them, so no more tokens than this."""
+    chosen: list[Ids] = []
+    for branch in branches:
+        if chosen and sum(map(len, chosen)) + len(branch) > most:
+            yield chosen
+            chosen = []
+        chosen.append(branch)
+    yield chosen
 
 
 def _without_beginnings(rows: list[Row]) -> list[Row]:
