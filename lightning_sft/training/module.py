@@ -119,6 +119,7 @@ class SFTModule(GuardedModule, Resumable):
         self.compiled = compile
         _check_options(self)
         self.model: PreTrainedModel | None = None
+        self.restored = False
         self.metrics = nn.ModuleDict(
             {
                 stage: nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
@@ -225,6 +226,11 @@ class SFTModule(GuardedModule, Resumable):
             return chosen
         precision = str(self.trainer.precision) if self._trainer is not None else "32-true"
         return _PRECISION_DTYPES.get(precision, torch.float32)
+
+    def restore(self, weights: dict[str, Tensor]) -> None:
+        """Take these weights of what is trained, as a checkpoint's `state_dict` holds them; the run ends with them."""
+        self.load_state_dict(weights, strict=False)
+        self.restored = True
 
     def export(self, folder: Path) -> None:
         """Write the adapter or model with tokenizer, chat template and generation config to `folder`."""
