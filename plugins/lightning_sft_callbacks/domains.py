@@ -15,6 +15,7 @@ from lightning_sft import (
     Example,
     Item,
     LogLikelihood,
+    Meta,
     Row,
     Scorer,
     Segments,
@@ -117,7 +118,7 @@ def load(domain: Domain, module: SFTModule) -> Loaded:
     try:
         rows = list(read_rows(Source(path, limit=domain.limit)))
         if domain.text is not None:
-            return _load_text(domain, [_text(row, str(meta)) for meta, row in rows], module)
+            return _load_text(domain, [(meta, _text(row, str(meta))) for meta, row in rows], module)
         return _load_questions(domain, [(str(meta), row) for meta, row in rows])
     except SFTError as error:
         raise error.at(f"domains: {domain.name}") from error
@@ -132,10 +133,10 @@ def _text(row: Row, where: str) -> str:
     return text
 
 
-def _load_text(domain: Domain, texts: list[str], module: SFTModule) -> Loaded:
+def _load_text(domain: Domain, texts: list[tuple[Meta, str]], module: SFTModule) -> Loaded:
     # The empty last segment leaves the EOS token, which would follow, out of the sum.
-    examples = module.renderer.render_all([Segments(((text, 1.0), ("", 0.0))) for text in texts])
-    loaded = Loaded(domain, bytes=[len(text.encode()) for text in texts])
+    examples = module.renderer.render_all([Segments(((text, 1.0), ("", 0.0)), meta) for meta, text in texts])
+    loaded = Loaded(domain, bytes=[len(text.encode()) for _, text in texts])
     size = module.context_length or max(map(len, examples))
     for owner, example in enumerate(examples):
         for start in range(0, len(example), size):

@@ -97,6 +97,8 @@ class ForgettingProbe(Probe):
         Raises:
             SFTError: A domain's data is at fault, or some of its texts are trained on.
         """
+        if self._loaded:
+            return  # another callback has asked before
         self._loaded = [asked.load(domain, pl_module) for domain in self.domains]
         _refuse_trained(self._loaded, trainer)
         if self.is_auto:
@@ -104,6 +106,12 @@ class ForgettingProbe(Probe):
         self._began = time.monotonic()
         self._find_baseline(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
+
+    def latest(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
+        """The record of the step at hand, measured now if it wasn't yet; also before the probe's own first hook."""
+        if not self._loaded:
+            self.on_train_start(trainer, module)
+        return super().latest(trainer, module)
 
     def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
         """The record of the model as it is now."""
@@ -145,7 +153,7 @@ class ForgettingProbe(Probe):
         return record
 
     def _task_loss(self, trainer: Trainer, module: SFTModule) -> float | None:
-        examples = _validation(trainer)[: self.task_examples]
+        examples = _validation(trainer, self.task_examples)
         if not examples:
             return None
         nll = Scorer.of(module).negative_log_likelihoods(examples)
@@ -210,7 +218,7 @@ class ForgettingProbe(Probe):
         frozen = _keeps_base(module)
         probe = sum(
             loaded.tokens * (2 if loaded.texts and frozen and self.kl_top_k else 1) for loaded in self._loaded
-        ) + sum(map(len, _validation(trainer)[: self.task_examples]))
+        ) + sum(map(len, _validation(trainer, self.task_examples)))
         measurements = math.floor(self.cost * tokens * (2 if frozen else 3) / probe)
         return math.ceil(steps / (measurements - 1)) if measurements > 2 else 0
 
@@ -222,7 +230,8 @@ class ForgettingProbe(Probe):
         found.pop("step", None)
         for name, values in record["domains"].items():
             found |= {f"{name}/{key}": value for key, value in values.items() if not isinstance(value, list)}
-        found["share_of_time"] = self.seconds / max(1e-9, time.monotonic() - self._began)
+        if record["step"]:
+            found["share_of_time"] = self.seconds / max(1e-9, time.monotonic() - self._began)
         return found
 
     def told(self, record: dict[str, Any]) -> str:
@@ -266,10 +275,18 @@ def _keeps_base(module: SFTModule) -> bool:
         return False
 
 
-def _validation(trainer: Trainer) -> list[Example]:
+def _validation(trainer: Trainer, most: int) -> list[Example]:
+    """So many of the validation examples, from all over."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     prepared = data.prepared.get("val")
-    return list(prepared.examples) if prepared is not None else []
+    if prepared is None or most < 1:
+        return []
+    count = len(prepared.examples)
+    return (
+        [prepared.examples[place * count // most] for place in range(most)]
+        if most < count
+        else list(prepared.examples)
+    )
 
 
 def _refuse_trained(domains: list[Loaded], trainer: Trainer) -> None:

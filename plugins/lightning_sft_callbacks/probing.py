@@ -65,7 +65,9 @@ class Probe(Callback):
         """The record of the step at hand, measured now if it wasn't yet."""
         if not self.history or self.history[-1]["step"] != trainer.global_step:
             began = time.monotonic()
+            module.throughput.pause()
             self.history.append({"step": trainer.global_step, **self.measure(trainer, module)})
+            module.throughput.resume()
             self.seconds += time.monotonic() - began
             self._write(trainer)
         return self.history[-1]

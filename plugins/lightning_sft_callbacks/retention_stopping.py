@@ -79,7 +79,7 @@ class RetentionStopping(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: SFTModule) -> None:  # type: ignore[override]
         """Look at the last measurement, and put the best weights in place."""
-        self._look(trainer, pl_module)
+        self._look(trainer, pl_module, may_stop=False)
         best = self.best()
         if not self.restore or best is None or best["step"] == trainer.global_step:
             return
@@ -97,7 +97,7 @@ class RetentionStopping(Callback):
             return max(enough, key=lambda each: each["objective"])
         return max(self.archive, key=lambda each: each["retention"], default=None)
 
-    def _look(self, trainer: Trainer, module: SFTModule) -> None:
+    def _look(self, trainer: Trainer, module: SFTModule, *, may_stop: bool = True) -> None:
         record = _probe(trainer).latest(trainer, module)
         if record["step"] <= self.seen:
             return
@@ -109,6 +109,8 @@ class RetentionStopping(Callback):
             self.best_objective, self.no_better = point["objective"], 0
         else:
             self.no_better += 1
+        if not may_stop:
+            return
         if self.too_low >= self.patience:
             self._stop(trainer, f"retention {point['retention']:.3f} is below {self.min_retention:g}")
         elif self.no_better >= self.patience:
