@@ -49,12 +49,14 @@ class TextLoss:
     Args:
         nll: Σ −log p(token) over the scored tokens, in nats.
         tokens: How many those are.
+        greedy: Each of them is the likeliest one at its place: greedy decoding writes them all.
         kl: Σ KL(p0 ‖ pθ) over the same positions, in nats; None where it wasn't asked for.
         predictions: What the model predicts there, where it was asked for.
     """
 
     nll: float
     tokens: int
+    greedy: bool
     kl: float | None = None
     predictions: Predictions | None = None
 
@@ -91,17 +93,19 @@ def text_losses(
             parts = list(_positions(module, batch, against_base, known, keep))
             counts = [int((examples[i].weights[1:] > 0).sum()) for i in chosen]
             nll = torch.cat([part[0] for part in parts]).split(counts)
+            greedy = torch.cat([part[1] for part in parts]).split(counts)
             kl, predictions = (
                 torch.cat(column).split(counts) if column else None
                 for column in (
-                    [part[1] for part in parts if part[1] is not None],
                     [part[2] for part in parts if part[2] is not None],
+                    [part[3] for part in parts if part[3] is not None],
                 )
             )
             for place, index in enumerate(chosen):
                 found[index] = TextLoss(
                     nll=float(nll[place].sum()),
                     tokens=counts[place],
+                    greedy=bool(greedy[place].all()),
                     kl=None if kl is None else float(kl[place].sum()),
                     predictions=None if predictions is None else _unpacked(predictions[place]),
                 )
@@ -126,8 +130,8 @@ def _positions(
     against_base: bool,
     reference: Sequence[Predictions] | None,
     keep: int,
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """NLL `[n]`, KL `[n]` and packed predictions `[n, 2K+1]` of some positions at a time, in float64 on the CPU."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+    """NLL, whether the target is likeliest, KL (each `[n]`), packed predictions `[n, 2K+1]`; some at a time."""
     layout = module.layout
     states = hidden_states(module.loaded, batch, own_logits=layout.own_logits)
     base_states = None
@@ -158,6 +162,7 @@ def _positions(
             kl = kl.double() + left * (left.clamp_min(_TINY).log() - mine.clamp_min(_TINY).log())
         yield (
             nll.double().cpu(),
+            (log_p.argmax(-1) == batch.targets[part]).cpu(),
             None if kl is None else kl.double().cpu(),
             _packed(log_p, keep) if keep else None,
         )
