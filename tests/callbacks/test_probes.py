@@ -77,11 +77,11 @@ def test_extraction_is_what_drawing_so_often_gives(nll):
 def test_rows_learned_by_heart_stand_out(train, tokenizer):
     probe = MemorizationProbe(every_n_steps=20, max_auc=0.95, max_verbatim=0.5)
     with pytest.warns(UserWarning, match="learned by heart"):
-        module = train(probe, adapter=Full(), steps=140, rate=0.03)
+        module = train(probe, adapter=Full(), steps=90, rate=0.03)
     first, last = probe.history[0], probe.history[-1]
     assert last["gap"] > first["gap"] + 0.2
-    assert last["verbatim"] > 0.8 > last["verbatim_held_out"]
-    assert [record["step"] for record in probe.history] == [*range(0, 141, 20)]
+    assert last["verbatim"] > 0.7 > last["verbatim_held_out"]
+    assert [record["step"] for record in probe.history] == [0, 20, 40, 60, 80, 90]
     model = module.loaded.eval()
     model.set_attn_implementation("sdpa")
     losses, verbatim = [], []
