@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lightning_sft.data.batch import Batch
+    from lightning_sft.data.datamodule import SFTDataModule
 
 _EVERY_TURN = RenderPolicies()
 _PRECISION_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -171,6 +172,11 @@ class SFTModule(GuardedModule, Resumable):
         if self.compiled:
             compile_blocks(causal_lm(self.loaded))
         return layout
+
+    @property
+    def data(self) -> SFTDataModule:
+        """The data module of the run at hand: prepared examples, plans and ledger."""
+        return cast("SFTDataModule", vars(self.trainer)["datamodule"])
 
     @property
     def loaded(self) -> PreTrainedModel:

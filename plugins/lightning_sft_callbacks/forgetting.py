@@ -91,7 +91,7 @@ class ForgettingProbe(Probe):
         """The domains' weights, by name."""
         return {domain.name: domain.weight for domain in self.domains}
 
-    def on_train_start(self, trainer: Trainer, pl_module: SFTModule) -> None:  # type: ignore[override]
+    def begin(self, trainer: Trainer, module: SFTModule) -> None:
         """Read the domains, find or measure the baseline, and choose how often to measure.
 
         Raises:
@@ -99,25 +99,25 @@ class ForgettingProbe(Probe):
         """
         if self._loaded:
             return  # another callback has asked before
-        self._loaded = [asked.load(domain, pl_module) for domain in self.domains]
-        _refuse_trained(self._loaded, trainer)
+        self._loaded = [asked.load(domain, module) for domain in self.domains]
+        _refuse_trained(self._loaded, module)
         if self.is_auto:
-            self.every_n_steps = self._interval(trainer, pl_module)
+            self.every_n_steps = self._interval(module)
         self._began = time.monotonic()
-        self._find_baseline(trainer, pl_module)
-        super().on_train_start(trainer, pl_module)
+        self._find_baseline(trainer, module)
+        super().begin(trainer, module)
 
     def latest(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
         """The record of the step at hand, measured now if it wasn't yet; also before the probe's own first hook."""
         if not self._loaded:
-            self.on_train_start(trainer, module)
+            self.begin(trainer, module)
         return super().latest(trainer, module)
 
     def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
         """The record of the model as it is now."""
         assert self.baseline is not None
         now = self.baseline.measured
-        task = self._task_loss(trainer, module)
+        task = self._task_loss(module)
         if trainer.global_step == 0:
             self.task_before = task
         else:
@@ -152,8 +152,8 @@ class ForgettingProbe(Probe):
             record["objective"] = objective(record["gain"], record["retention"], self.strictness)
         return record
 
-    def _task_loss(self, trainer: Trainer, module: SFTModule) -> float | None:
-        examples = _validation(trainer, self.task_examples)
+    def _task_loss(self, module: SFTModule) -> float | None:
+        examples = _validation(module, self.task_examples)
         if not examples:
             return None
         nll = Scorer.of(module).negative_log_likelihoods(examples)
@@ -203,13 +203,13 @@ class ForgettingProbe(Probe):
 
     # ------------------------------------------------------------------------------------------- cost
 
-    def _interval(self, trainer: Trainer, module: SFTModule) -> int:
+    def _interval(self, module: SFTModule) -> int:
         """Steps between measurements so that all of them take at most `cost` of the training; 0: none on the way.
 
         Counted in forward passes of a token: a training step takes three (two where the base is frozen), a probe one,
         and one more of each text for the divergence from a base that is switched on again.
         """
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = module.data
         steps = data.total_steps()
         if not steps:
             return 0
@@ -218,7 +218,7 @@ class ForgettingProbe(Probe):
         frozen = _keeps_base(module)
         probe = sum(
             loaded.tokens * (2 if loaded.texts and frozen and self.kl_top_k else 1) for loaded in self._loaded
-        ) + sum(map(len, _validation(trainer, self.task_examples)))
+        ) + sum(map(len, _validation(module, self.task_examples)))
         measurements = math.floor(self.cost * tokens * (2 if frozen else 3) / probe)
         return math.ceil(steps / (measurements - 1)) if measurements > 2 else 0
 
@@ -275,10 +275,9 @@ def _keeps_base(module: SFTModule) -> bool:
         return False
 
 
-def _validation(trainer: Trainer, most: int) -> list[Example]:
+def _validation(module: SFTModule, most: int) -> list[Example]:
     """So many of the validation examples, from all over."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    prepared = data.prepared.get("val")
+    prepared = module.data.prepared.get("val")
     if prepared is None or most < 1:
         return []
     count = len(prepared.examples)
@@ -289,20 +288,19 @@ def _validation(trainer: Trainer, most: int) -> list[Example]:
     )
 
 
-def _refuse_trained(domains: list[Loaded], trainer: Trainer) -> None:
+def _refuse_trained(domains: list[Loaded], module: SFTModule) -> None:
     """Refuse a text that is in the training data: what is trained on can't show what is forgotten.
 
     Raises:
         SFTError: A text is; names its row there and here.
     """
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
     probed = {
         window.input_ids.tobytes(): (loaded.domain.name, window)
         for loaded in domains
         for window in loaded.texts
     }
     lengths = {len(window) for _, window in probed.values()}
-    prepared = data.prepared["train"]
+    prepared = module.data.prepared["train"]
     for row, length in enumerate(prepared.lengths):
         # a text in training is followed by EOS
         for size in {int(length), int(length) - 1} & lengths:

@@ -97,9 +97,9 @@ class SampleGenerations(GenerationProbe):
         """The prompts before the history."""
         return {"prompts": self.prompts, **super().report()}
 
-    def on_train_end(self, trainer: Trainer, pl_module: SFTModule) -> None:  # type: ignore[override]
+    def finish(self, trainer: Trainer, module: SFTModule) -> None:
         """Measure, and show some answers of base and tuned model."""
-        super().on_train_end(trainer, pl_module)
+        super().finish(trainer, module)
         if not trainer.is_global_zero:
             return
         before, after = self.history[0]["answers"], self.history[-1]["answers"]

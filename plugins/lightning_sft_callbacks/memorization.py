@@ -73,7 +73,7 @@ class MemorizationProbe(Probe):
 
     def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
         """The record of the model as it is now."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = module.data
         if "val" not in data.prepared:
             raise SFTError(
                 "without validation data there is nothing to compare the trained rows with",

@@ -6,14 +6,14 @@ import json
 import time
 from abc import abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import Callback
 
 from lightning_sft import SFTError
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
     from lightning_sft import SFTModule
 
@@ -72,7 +72,7 @@ class Probe(Callback):
             self._write(trainer)
         return self.history[-1]
 
-    def on_train_start(self, trainer: Trainer, pl_module: SFTModule) -> None:  # type: ignore[override]
+    def begin(self, trainer: Trainer, module: SFTModule) -> None:
         """Measure the base; after a kill, what was due at the checkpoint's step and wasn't saved with it."""
         if trainer.global_step and not self.history:
             raise SFTError(
@@ -81,18 +81,26 @@ class Probe(Callback):
                 fix=f"take {type(self).__name__} out, or start a new run",
             )
         if self.is_due(trainer.global_step):
-            self.latest(trainer, pl_module)
+            self.latest(trainer, module)
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: SFTModule, outputs: object, batch: object, batch_idx: int
+    def finish(self, trainer: Trainer, module: SFTModule) -> None:
+        """Measure what came out."""
+        self.latest(trainer, module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin."""
+        self.begin(trainer, cast("SFTModule", pl_module))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Measure after a step that is due."""
         if trainer.global_step and self.is_due(trainer.global_step):
-            self.latest(trainer, pl_module)
+            self.latest(trainer, cast("SFTModule", pl_module))
 
-    def on_train_end(self, trainer: Trainer, pl_module: SFTModule) -> None:  # type: ignore[override]
-        """Measure what came out."""
-        self.latest(trainer, pl_module)
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish."""
+        self.finish(trainer, cast("SFTModule", pl_module))
 
     # ------------------------------------------------------------------------------------------ where
 

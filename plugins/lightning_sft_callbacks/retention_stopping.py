@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback
@@ -13,7 +13,7 @@ from lightning_sft_callbacks.forgetting import ForgettingProbe
 from lightning_sft_callbacks.retention import dominates
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
     from lightning_sft import SFTModule
 
@@ -49,7 +49,7 @@ class RetentionStopping(Callback):
         self.best_objective: float | None = None
         self.reason: str | None = None
 
-    def setup(self, trainer: Trainer, pl_module: SFTModule, stage: str) -> None:  # type: ignore[override]
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the probe.
 
         Raises:
@@ -58,33 +58,34 @@ class RetentionStopping(Callback):
         if stage == "fit":
             _probe(trainer)
 
-    def on_train_start(self, trainer: Trainer, pl_module: SFTModule) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at step 0, or at what the checkpoint's step was still owed."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if "val" not in data.prepared or not _probe(trainer).task_examples:
+        module = cast("SFTModule", pl_module)
+        if "val" not in module.data.prepared or not _probe(trainer).task_examples:
             raise SFTError(
                 "the gain can't be measured without validation data",
                 where="RetentionStopping",
                 fix="give data.val or data.val_split, and ForgettingProbe.task_examples above 0",
             )
         if trainer.global_step == 0 or _probe(trainer).is_due(trainer.global_step):
-            self._look(trainer, pl_module)
+            self._look(trainer, module)
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: SFTModule, outputs: object, batch: object, batch_idx: int
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Look at a measurement when there is a new one."""
         if _probe(trainer).is_due(trainer.global_step):
-            self._look(trainer, pl_module)
+            self._look(trainer, cast("SFTModule", pl_module))
 
-    def on_train_end(self, trainer: Trainer, pl_module: SFTModule) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the last measurement, and put the best weights in place."""
-        self._look(trainer, pl_module, may_stop=False)
+        module = cast("SFTModule", pl_module)
+        self._look(trainer, module, may_stop=False)
         best = self.best()
         if not self.restore or best is None or best["step"] == trainer.global_step:
             return
         saved = torch.load(best["file"], map_location="cpu", weights_only=True)
-        pl_module.restore(saved["state_dict"])
+        module.restore(saved["state_dict"])
         if trainer.is_global_zero:
             print(
                 f"The model is that of step {best['step']}: retention {best['retention']:.3f}, gain {best['gain']:.3f}"
@@ -149,7 +150,8 @@ class RetentionStopping(Callback):
 
 
 def _probe(trainer: Trainer) -> ForgettingProbe:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    callbacks: list[Callback] = vars(trainer)["callbacks"]
+    for callback in callbacks:
         if isinstance(callback, ForgettingProbe):
             return callback
     raise SFTError(
