@@ -19,6 +19,7 @@ COMMANDS = {
     "preview": "show what is trained of each example, and why, without loading the model",
     "generate": "let the model of a run or model folder answer a prompt",
     "export": "write the trained model of a run folder as one that transformers loads",
+    "verify": "prove that an exported model is the one that was trained",
     "data": "convert data files from one format to another",
     "plugins": "list the installed formats, adapters, losses and other plug-ins",
 }
@@ -96,6 +97,10 @@ def _dispatch(argv: list[str]) -> None:
         from lightning_sft.export import command as export
 
         export(argv[1:])
+    elif command == "verify":
+        from lightning_sft.verify import command as verify
+
+        verify(argv[1:])
     else:
         raise _unknown(command)
 
