@@ -126,6 +126,14 @@ def _stops(folder: Path, golden: dict[str, Any]) -> Check:
 
 
 def _loss(model: PreTrainedModel, golden: dict[str, Any], dtype: str, tolerance: float) -> Check:
+    found, expected = golden_loss(model, golden), golden["loss"]
+    off = abs(found - expected) / max(abs(expected), 1e-9)
+    what = f"{found:.6g} ({dtype}), the run had {expected:.6g} ({golden['dtype']}): {off:.1e} apart, relative"
+    return Check(f"loss on {len(golden['examples'])} {golden['part']} examples", off <= tolerance, what)
+
+
+def golden_loss(model: PreTrainedModel, golden: dict[str, Any]) -> float:
+    """Σ weight · −log p / Σ weight of a run's golden examples, one at a time, in plain transformers."""
     import torch
 
     total = weight = 0.0
@@ -137,10 +145,7 @@ def _loss(model: PreTrainedModel, golden: dict[str, Any], dtype: str, tolerance:
             nll = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
             total += float((weights * nll).sum())
             weight += float(weights.sum())
-    found, expected = total / weight, golden["loss"]
-    off = abs(found - expected) / max(abs(expected), 1e-9)
-    what = f"{found:.6g} ({dtype}), the run had {expected:.6g} ({golden['dtype']}): {off:.1e} apart, relative"
-    return Check(f"loss on {len(golden['examples'])} {golden['part']} examples", off <= tolerance, what)
+    return total / weight
 
 
 def command(argv: Sequence[str]) -> None:

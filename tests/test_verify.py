@@ -10,47 +10,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_sft import SFTError, cli
+from lightning_sft import SFTError
 from lightning_sft.export import export
 from lightning_sft.verify import verify
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, model_folder) -> dict[str, Path]:
-    """A run folder of each adapter."""
-    folder = tmp_path_factory.mktemp("verify")
-    rows = [{"instruction": f"say {n}", "output": "how are you? " * (1 + n % 3)} for n in range(12)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = {}
-    for adapter in ("LoRA", "Full"):
-        with pytest.MonkeyPatch.context() as patch:
-            for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "LIGHTNING_SFT_RUN_FOLDER"):
-                patch.setenv(variable, "0")
-            patch.delenv("LIGHTNING_SFT_RUN_FOLDER")
-            options = {
-                "model.base": model_folder("llama"), "model.adapter": adapter, "model.learning_rate": 0.01,
-                "data.train": folder / "rows.jsonl", "data.val_split": 4, "data.batch_size": 4,
-                "trainer.accelerator": "cpu", "trainer.max_steps": 2, "trainer.default_root_dir": folder / adapter,
-                "trainer.enable_progress_bar": False,
-            }  # fmt: skip
-            cli.run(["fit", *(f"--{key}={value}" for key, value in options.items())])
-        found[adapter] = folder / adapter
-    return found
-
-
 @pytest.fixture
-def copy(runs, tmp_path):
+def copy(tuned_runs, tmp_path):
     """A function that copies a run."""
 
     def copied(adapter: str) -> Path:
-        return Path(shutil.copytree(runs[adapter], tmp_path / adapter))
+        return Path(shutil.copytree(tuned_runs[adapter], tmp_path / adapter))
 
     return copied
 
 
 @pytest.mark.parametrize("adapter", ["LoRA", "Full"])
-def test_what_a_run_exported_passes(adapter, runs, capsys):
-    verify(str(runs[adapter]))
+def test_what_a_run_exported_passes(adapter, tuned_runs, capsys):
+    verify(str(tuned_runs[adapter]))
     said = capsys.readouterr().out
     assert [line[:6].strip() for line in said.splitlines()] == ["ok"] * 3
     assert "loss on 4 val examples" in said
