@@ -13,13 +13,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_sft.data.batch import Batch
+from lightning_sft.data.ledger import check_losses
 from lightning_sft.data.loading import Examples, PlanSampler, as_it_is
 from lightning_sft.data.mixture import check_weights, draw, rows_per_epoch
 from lightning_sft.data.packing import check_options
 from lightning_sft.data.plan import BatchPlan
-from lightning_sft.data.prepare import Overlong, Prepared, check_ids, check_losses, prepare
+from lightning_sft.data.prepare import Prepared, check_ids, prepare
 from lightning_sft.data.sources import Source
 from lightning_sft.data.split import shared_prompts, split_indices
+from lightning_sft.data.truncation import Overlong
 from lightning_sft.errors import SFTError
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ class SFTDataModule(LightningDataModule):
             Rows with the same prompt stay on one side.
         split_seed: Seed of that split; apart from `seed`, so that runs with other seeds stay comparable.
         max_length: Most tokens of an example; by default the model's context.
-        overlong: What happens to longer ones: drop them, or cut them off at the right.
+        overlong: What happens to longer ones: `drop` them; cut them with `truncate_right` or `truncate_left`;
+            `drop_oldest_turns`; or `split` them into several examples.
         max_lost_fraction: Refuse to start if more than this fraction of the tokens to train would be lost.
         batch_size: Examples (with `packing`: packs) per rank in a micro-batch; with
             trainer.accumulate_grad_batches and the number of ranks it makes the global batch.
@@ -308,13 +311,15 @@ class SFTDataModule(LightningDataModule):
                 where="data.max_length",
                 fix=f"give at most {context}, or leave it out",
             )
-        prepared = prepare(
-            self.sources[part],
-            module.renderer,
-            max_length=context if self.max_length is None else self.max_length,
+        limit = context if self.max_length is None else self.max_length
+        prepared = prepare(self.sources[part], module.renderer, max_length=limit, overlong=self.overlong)
+        check_losses(
+            prepared.ledgers,
+            self.max_lost_fraction,
+            max_length=limit,
+            context=context,
             overlong=self.overlong,
         )
-        check_losses(prepared, self.max_lost_fraction)
         check_ids(prepared, module.vocabulary)
         self.prepared[part] = prepared
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Literal
@@ -11,15 +11,14 @@ from typing import Literal
 from lightning_sft import plugins
 from lightning_sft.conversation import Meta, Row
 from lightning_sft.data.conversion import convert_rows, format_of
-from lightning_sft.data.ledger import SourceLedger, count_trained
+from lightning_sft.data.ledger import SourceLedger
 from lightning_sft.data.sources import Source, read_rows
 from lightning_sft.data.split import prompt_key
+from lightning_sft.data.truncation import Overlong, fit
 from lightning_sft.errors import SFTError
 from lightning_sft.example import Example
 from lightning_sft.rendering import Renderer
 from lightning_sft.training.fingerprint import examples_digest
-
-Overlong = Literal["drop", "truncate_right"]
 
 _CHUNK = 256  # conversations that are encoded in one call
 
@@ -89,48 +88,19 @@ def prepare(
         while chunk := list(islice(conversations, _CHUNK)):
             ledger.conversations += len(chunk)
             converted.update(conversation.meta.place for conversation in chunk)
-            for conversation, examples in zip(chunk, renderer.render_each(chunk), strict=True):
+            for conversation, renderings in zip(chunk, renderer.explain(chunk), strict=True):
                 key = prompt_key(conversation)
-                for example in examples:
-                    fitted = _fit(example, ledger, max_length, overlong)
-                    if fitted is not None:
-                        prepared.examples.append(fitted)
+                for rendering in renderings:
+                    fitted = fit(renderer, conversation, rendering, max_length=max_length, overlong=overlong)
+                    ledger.count(fitted)
+                    for kept in fitted.kept:
+                        prepared.examples.append(kept.example)
                         prepared.keys.append(key)
                         prepared.sources.append(number)
         ledger.rows_without_conversation = ledger.gathered_rows - len(converted)
         ledger.check()
         prepared.ledgers.append(ledger)
     return prepared
-
-
-def check_losses(prepared: Prepared, max_lost_fraction: float) -> None:
-    """Refuse to go on when too much of what should be trained was lost.
-
-    Raises:
-        SFTError: More than `max_lost_fraction` of the trained tokens was lost, or nothing is left.
-    """
-    lost = [loss for ledger in prepared.ledgers for loss in ledger.lost]
-    trained = sum(ledger.trained_tokens for ledger in prepared.ledgers)
-    lost_trained = sum(loss.trained_tokens for loss in lost)
-    where = ", ".join(ledger.source for ledger in prepared.ledgers)
-    fix = "raise data.max_length; or choose data.overlong: truncate_right; or accept it with data.max_lost_fraction"
-    if not prepared.examples:
-        reasons = {reason for ledger in prepared.ledgers for reason in ledger.dropped}
-        raise SFTError(
-            "nothing is left to train on"
-            + (f": every example was {', '.join(sorted(reasons))}" if reasons else ""),
-            where=where,
-            fix=fix if reasons else "give data with at least one row",
-        )
-    fraction = lost_trained / (trained + lost_trained)
-    if fraction > max_lost_fraction:
-        raise SFTError(
-            f"{fraction:.1%} of the tokens to train ({lost_trained:,} of {trained + lost_trained:,}, in "
-            f"{sum(loss.examples for loss in lost):,} examples) would be lost, more than data.max_lost_fraction "
-            f"{max_lost_fraction:.1%}",
-            where=where,
-            fix=fix,
-        )
 
 
 def check_ids(prepared: Prepared, vocabulary: int) -> None:
@@ -154,30 +124,3 @@ def _counted(
     for item in rows:
         setattr(ledger, account, getattr(ledger, account) + 1)
         yield item
-
-
-def _fit(
-    example: Example, ledger: SourceLedger, max_length: int | None, overlong: Overlong
-) -> Example | None:
-    ledger.rendered += 1
-    ledger.tokens += len(example)
-    for note in example.notes:
-        ledger.notes[note] = ledger.notes.get(note, 0) + 1
-    if max_length is None or len(example) <= max_length:
-        ledger.keep(example)
-        return example
-    reason, trained = f"longer than max_length {max_length}", count_trained(example)
-    if overlong == "truncate_right":
-        cut = replace(
-            example,
-            input_ids=example.input_ids[:max_length],
-            weights=example.weights[:max_length],
-            reasons=example.reasons[:max_length],
-        )
-        if left := count_trained(cut):
-            ledger.lose(ledger.truncated, reason, len(example) - max_length, trained - left)
-            ledger.keep(cut)
-            return cut
-        reason = f"without a trained token in the first {max_length}"
-    ledger.lose(ledger.dropped, reason, len(example), trained)
-    return None

@@ -13,7 +13,7 @@ import numpy as np
 
 from lightning_sft.errors import SFTError
 from lightning_sft.example import Example, Reason
-from lightning_sft.rendering.layout import Layout, Span
+from lightning_sft.rendering.layout import Layout, Part, Span
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,6 +32,7 @@ class Rendering:
         offsets: int64 `[T, 2]`: the characters of each token; BOS and EOS around raw text have none.
         spans: What the text consists of; the first stands for what the template itself wrote.
         span_of: int64 `[T]`: the span that each token belongs to.
+        part: What it holds of a conversation; None for text as it stands.
     """
 
     example: Example
@@ -39,6 +40,7 @@ class Rendering:
     offsets: NDArray[np.int64]
     spans: tuple[Span, ...]
     span_of: NDArray[np.int64]
+    part: Part | None = None
 
 
 class Encoder:
@@ -108,8 +110,9 @@ class Encoder:
                 where=str(layout.meta),
                 fix="remove the row, or give one of its messages a weight",
             )
-        example = Example(tokens, weights, reasons, layout.meta, layout.turn, layout.notes)
-        return Rendering(example, layout.text, chars, spans, span_of)
+        turn = None if layout.part is None else layout.part.turn
+        example = Example(tokens, weights, reasons, layout.meta, turn, layout.notes)
+        return Rendering(example, layout.text, chars, spans, span_of, layout.part)
 
     def _span_of(
         self, layout: Layout, tokens: NDArray[np.int32], chars: NDArray[np.int64]

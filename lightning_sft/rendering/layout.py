@@ -39,10 +39,28 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Messages of a conversation that are rendered together, as inference would see them.
+
+    Args:
+        messages: Their numbers in the conversation, counted from 0, in ascending order.
+        trained: Which of them may be trained here; the others, if they are trained at all, are so elsewhere.
+        turn: The message that this is the example of, counted from 1, with `split_turns`.
+        notes: What is worth knowing about it.
+    """
+
+    messages: tuple[int, ...]
+    trained: frozenset[int]
+    turn: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """A text with its spans, before it is encoded; of spans that overlap, the later one counts.
 
-    `prefix` and `suffix` are token ids around the text; the suffix lies one character behind it.
+    `prefix` and `suffix` are token ids around the text; the suffix lies one character behind it. `part` is what it
+    holds of a conversation.
     """
 
     text: str
@@ -50,7 +68,7 @@ class Layout:
     meta: Meta
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
-    turn: int | None = None
+    part: Part | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -62,34 +80,44 @@ class _Share:
     reason: Reason
 
 
-def conversation_layouts(
-    template: Template, policies: RenderPolicies, conversation: Conversation
-) -> list[Layout]:
-    """The layout of a conversation; with `split_turns`, one of each trained turn.
+def conversation_parts(policies: RenderPolicies, conversation: Conversation) -> list[Part]:
+    """The whole conversation; with `split_turns`, a part for each trained turn, with the history before it.
+
+    Raises:
+        SFTError: A message has a weight that can't be; says which, without the row's place.
+    """
+    shares = _shares(conversation.messages, policies)
+    turns = [n for n, m in enumerate(conversation.messages) if _is_trained_turn(m.role, shares[n])]
+    if not (policies.split_turns and turns):
+        whole = range(len(shares))
+        return [Part(tuple(whole), frozenset(whole))]
+    parts, before = [], 0
+    rest = any(share.weight > 0 for share in shares[turns[-1] + 1 :])
+    for turn in turns:
+        notes = (AFTERWARDS,) if rest and turn == turns[-1] else ()
+        parts.append(Part(tuple(range(turn + 1)), frozenset(range(before, turn + 1)), turn + 1, notes))
+        before = turn + 1
+    return parts
+
+
+def part_layout(
+    template: Template, policies: RenderPolicies, conversation: Conversation, part: Part
+) -> Layout:
+    """The layout of a part of a conversation; weights and policies are those of the whole.
 
     Raises:
         SFTError: It can't be rendered exactly; says which message and why, without the row's place.
     """
     shares = _shares(conversation.messages, policies)
-    turns = [n for n, m in enumerate(conversation.messages) if _is_trained_turn(m, shares[n])]
-    if not (policies.split_turns and turns):
-        return [_Rendered(template, policies, conversation, shares).layout()]
-    layouts, before = [], 0
-    rest = any(share.weight > 0 for share in shares[turns[-1] + 1 :])
-    for turn in turns:
-        own = [
-            share if before <= n or share.weight == 0 else _Share(0.0, Reason.OTHER_TURN)
-            for n, share in enumerate(shares[: turn + 1])
-        ]
-        part = Conversation(conversation.messages[: turn + 1], conversation.tools, conversation.meta)
-        notes = (AFTERWARDS,) if rest and turn == turns[-1] else ()
-        layouts.append(_Rendered(template, policies, part, own).layout(turn=turn + 1, notes=notes))
-        before = turn + 1
-    return layouts
+    own = [
+        shares[n] if n in part.trained or shares[n].weight == 0 else _Share(0.0, Reason.OTHER_TURN)
+        for n in part.messages
+    ]
+    return _Rendered(template, policies, conversation, part, own).layout()
 
 
-def _is_trained_turn(message: Message, share: _Share) -> bool:
-    return message.role == "assistant" and share.weight > 0
+def _is_trained_turn(role: str, share: _Share) -> bool:
+    return role == "assistant" and share.weight > 0
 
 
 def _shares(messages: Sequence[Message], policies: RenderPolicies) -> list[_Share]:
@@ -129,20 +157,23 @@ class _Rendered:
         template: Template,
         policies: RenderPolicies,
         conversation: Conversation,
+        part: Part,
         shares: Sequence[_Share],
     ) -> None:
         self.template = template
         self.policies = policies
-        self.conversation = conversation
+        self.meta = conversation.meta
+        self.part = part
         self.shares = shares
-        self.places = [_place(n, message) for n, message in enumerate(conversation.messages, 1)]
-        self.messages = [as_chat_message(message) for message in conversation.messages]
+        self.roles = [conversation.messages[n].role for n in part.messages]
+        self.places = [_place(n + 1, conversation.messages[n]) for n in part.messages]
+        self.messages = [as_chat_message(conversation.messages[n]) for n in part.messages]
         self.tools: Tools = conversation.tools
         self.text = template.render(self.messages, self.tools)
-        self.turns = [n for n, m in enumerate(conversation.messages) if _is_trained_turn(m, shares[n])]
+        self.turns = [n for n, role in enumerate(self.roles) if _is_trained_turn(role, shares[n])]
         self.notes: list[str] = []
 
-    def layout(self, turn: int | None = None, notes: tuple[str, ...] = ()) -> Layout:
+    def layout(self) -> Layout:
         """The text with its spans."""
         located = self._located()
         self._check_bos(located)
@@ -151,28 +182,29 @@ class _Rendered:
             if not pieces:
                 continue
             start, end = pieces[0].start, pieces[-1].end
+            message = self.part.messages[number]
             if number in self.turns:
                 limit = min((p[0].start for p in located[number + 1 :] if p), default=len(self.text))
                 spans += self._turn(number, pieces, limit)
-            elif self.conversation.messages[number].role == "assistant" or share.weight > 0:
-                spans.append(Span(start, end, share.weight, share.reason, number))
+            elif self.roles[number] == "assistant" or share.weight > 0:
+                spans.append(Span(start, end, share.weight, share.reason, message))
             else:
-                spans += [Span(piece.start, piece.end, 0.0, share.reason, number) for piece in pieces]
+                spans += [Span(piece.start, piece.end, 0.0, share.reason, message) for piece in pieces]
         if self.policies.train_on_eot == "none":
             self.notes.append(NO_EOT)
-        return Layout(self.text, tuple(spans), self.conversation.meta, turn=turn, notes=(*self.notes, *notes))
+        return Layout(
+            self.text, tuple(spans), self.meta, part=self.part, notes=(*self.notes, *self.part.notes)
+        )
 
     def _located(self) -> list[list[Piece]]:
         wanted = [
             Wanted(
                 place=place,
                 trained=share.weight > 0,
-                own=message.role == "assistant",
-                reasoning=self.policies.train_reasoning or message.role != "assistant",
+                own=role == "assistant",
+                reasoning=self.policies.train_reasoning or role != "assistant",
             )
-            for place, share, message in zip(
-                self.places, self.shares, self.conversation.messages, strict=True
-            )
+            for place, share, role in zip(self.places, self.shares, self.roles, strict=True)
         ]
         try:
             return locate(self.template, self.messages, self.tools, self.text, wanted)
@@ -194,20 +226,20 @@ class _Rendered:
 
     def _turn(self, number: int, pieces: Sequence[Piece], limit: int) -> list[Span]:
         """The spans of a trained turn: what the model produces, without what the policies leave out."""
-        weight = self.shares[number].weight
+        weight, message = self.shares[number].weight, self.part.messages[number]
         start = self._start(number, pieces[0].start)
         stop, end = self._stop(number, pieces[-1].end, limit)
         self._check_history_is_kept(number, end)
-        spans = [Span(start, end, weight, Reason.TRAINED, number)]
+        spans = [Span(start, end, weight, Reason.TRAINED, message)]
         if not self.policies.train_reasoning:
             spans += [
-                Span(piece.start, piece.end, 0.0, Reason.REASONING, number)
+                Span(piece.start, piece.end, 0.0, Reason.REASONING, message)
                 for piece in pieces
                 if piece.part == "reasoning"
             ]
         trained_eot = {"turn": True, "last": number == self.turns[-1], "none": False}
         if not trained_eot[self.policies.train_on_eot]:
-            spans.append(Span(stop, end, 0.0, Reason.END_OF_TURN, number))
+            spans.append(Span(stop, end, 0.0, Reason.END_OF_TURN, message))
         return spans
 
     def _start(self, number: int, first_piece: int) -> int:
@@ -222,8 +254,8 @@ class _Rendered:
             if len(prompt) > first_piece:
                 raise SFTError("the generation prompt reaches into this message", where=place)
             return len(prompt)
-        parted = _common(prompt, self.text)
-        if parted >= _common(prompt, self.template.render(history, self.tools)):
+        parted = common_length(prompt, self.text)
+        if parted >= common_length(prompt, self.template.render(history, self.tools)):
             start = min(parted, first_piece)
             self.notes.append(
                 f"the generation prompt ends with {prompt[start:]!r}, which the rendered turn leaves out: "
@@ -256,7 +288,7 @@ class _Rendered:
                 if ends_as_last
                 else "use a chat template that ends every assistant turn (model.chat_template)",
             )
-        end = max(after, min(_common(through.rstrip(), self.text), limit))
+        end = max(after, min(common_length(through.rstrip(), self.text), limit))
         return end, end
 
     def _check_history_is_kept(self, number: int, end: int) -> None:
@@ -289,7 +321,7 @@ class _Rendered:
             self.notes.append(f"the chat template writes no BOS token ({bos}), which other texts get")
 
 
-def _common(one: str, other: str) -> int:
+def common_length(one: str, other: str) -> int:
     """How many characters the texts have in common at their start."""
     return next(
         (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
@@ -297,5 +329,5 @@ def _common(one: str, other: str) -> int:
 
 
 def _parting(expected: str, text: str) -> str:
-    at = _common(expected, text)
+    at = common_length(expected, text)
     return f"character {at}: {expected[at : at + 40]!r} against {text[at : at + 40]!r}"

@@ -12,7 +12,7 @@ from lightning_sft.conversation import Conversation, Message, Segments
 from lightning_sft.errors import SFTError
 from lightning_sft.example import Example, Reason
 from lightning_sft.rendering.encode import Encoder, Rendering
-from lightning_sft.rendering.layout import Layout, Span, conversation_layouts
+from lightning_sft.rendering.layout import Layout, Part, Span, conversation_parts, part_layout
 from lightning_sft.rendering.policies import RenderPolicies, checked_weight
 from lightning_sft.rendering.template import Template, as_chat_message
 
@@ -76,6 +76,11 @@ class Renderer:
         renderings = iter(self._encoder.encode(list(chain.from_iterable(layouts))))
         return ([next(renderings) for _ in each] for each in layouts)
 
+    def explain_part(self, conversation: Conversation, part: Part) -> Rendering:
+        """The example of some of a conversation's messages; raises as `render`."""
+        (rendering,) = self._encoder.encode(self._layouts(conversation, part))
+        return rendering
+
     def generation_prompt(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]] = ()
     ) -> str:
@@ -99,12 +104,13 @@ class Renderer:
         names = [*self.template.known_stops, self.tokenizer.eos_token]
         return tuple(dict.fromkeys(int(self.tokenizer.convert_tokens_to_ids(name)) for name in names))
 
-    def _layouts(self, conversation: Conversation | Segments) -> list[Layout]:
+    def _layouts(self, conversation: Conversation | Segments, part: Part | None = None) -> list[Layout]:
         try:
             if isinstance(conversation, Segments):
                 layouts = [self._segments_layout(conversation)]
             else:
-                layouts = conversation_layouts(self.template, self.policies, conversation)
+                parts = conversation_parts(self.policies, conversation) if part is None else [part]
+                layouts = [part_layout(self.template, self.policies, conversation, each) for each in parts]
             for layout in layouts:
                 layout.text.encode()
             return layouts

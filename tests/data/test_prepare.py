@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from stranger import install
 
 from lightning_sft import Conversation, DataFormat, Message, Renderer, Segments, SFTError
-from lightning_sft.data.prepare import Prepared, check_losses, prepare
+from lightning_sft.data.ledger import check_losses
+from lightning_sft.data.prepare import Prepared, prepare
 from lightning_sft.data.sources import Source
 from lightning_sft.example import Example
 from lightning_sft_formats.messages import Messages
@@ -166,15 +167,15 @@ def test_losing_too_much_is_refused_and_the_message_names_the_options(overlong, 
     lost = sum(loss.trained_tokens for loss in prepared.ledgers[0].lost)
     fraction = lost / (lost + prepared.ledgers[0].trained_tokens)
     with pytest.raises(SFTError, match=f"{fraction:.1%}") as caught:
-        check_losses(prepared, fraction - 1e-6)
+        check_losses(prepared.ledgers, fraction - 1e-6)
     assert "data.max_lost_fraction" in caught.value.what
     assert all(option in caught.value.fix for option in ("max_length", "overlong", "max_lost_fraction"))
     assert short_and_long in str(caught.value)
-    check_losses(prepared, fraction)
+    check_losses(prepared.ledgers, fraction)
 
 
 def test_losing_nothing_passes_even_where_nothing_may_be_lost(short_and_long, renderer):
-    check_losses(prepare([Source(short_and_long)], renderer, max_length=None, overlong="drop"), 0.0)
+    check_losses(prepare([Source(short_and_long)], renderer, max_length=None, overlong="drop").ledgers, 0.0)
 
 
 def test_what_is_lost_counts_in_tokens_to_train_over_all_sources(rows_file, renderer):
@@ -182,13 +183,15 @@ def test_what_is_lost_counts_in_tokens_to_train_over_all_sources(rows_file, rend
     long_answer = rows_file([chat("ok", "hello there " * 10)])
     prepared = prepare([Source(long_prompt), Source(long_answer)], renderer, max_length=60, overlong="drop")
     assert len(prepared.examples) == 1
-    check_losses(prepared, 0.2)  # one example of two is lost, but hardly any token that would be trained
+    check_losses(
+        prepared.ledgers, 0.2
+    )  # one example of two is lost, but hardly any token that would be trained
 
 
 def test_nothing_left_is_refused_with_the_reason(short_and_long, renderer):
     prepared = prepare([Source(short_and_long)], renderer, max_length=5, overlong="drop")
     with pytest.raises(SFTError, match=r"nothing is left to train on.*longer than max_length 5") as caught:
-        check_losses(prepared, 1.0)
+        check_losses(prepared.ledgers, 1.0)
     assert "data.max_length" in caught.value.fix
 
 
@@ -197,7 +200,7 @@ def test_rows_that_make_no_conversation_leave_nothing_and_that_is_refused(rows_f
     prepared = prepare([Source(path, Repeated())], renderer, max_length=None, overlong="drop")
     assert (prepared.ledgers[0].rows, prepared.examples) == (3, [])
     with pytest.raises(SFTError, match="nothing is left to train on"):
-        check_losses(prepared, 1.0)
+        check_losses(prepared.ledgers, 1.0)
 
 
 def test_a_plugin_that_fails_is_named_with_its_distribution_and_the_row(
