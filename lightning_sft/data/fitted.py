@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from lightning_sft.rendering.encode import Rendering
 
+BETWEEN = "the template's text between turns that are apart now"
+"""The reason for losing what isn't written where a piece begins or ends."""
+
 _EXCERPT = 24  # characters of each end of a text that was cut
 
 
@@ -76,13 +79,19 @@ def trained_tokens(rendering: Rendering) -> int:
 
 
 def accounted(whole: Rendering, kept: Sequence[Rendering], cuts: Sequence[Cut]) -> Fitted:
-    """What was kept and cut, with what that has more than the whole, or less."""
+    """What was kept and cut, with what that has more than the whole, or less.
+
+    Args:
+        whole: The example.
+        kept: What is kept of it.
+        cuts: What is lost; at least one where nothing is kept.
+    """
     if not kept:
         return Fitted(whole, (), (all_of(whole, cuts[0].reason),))
     tokens = sum(len(each.example) for each in kept) + sum(cut.tokens for cut in cuts) - len(whole.example)
     trained = sum(map(trained_tokens, kept)) + sum(cut.trained_tokens for cut in cuts) - trained_tokens(whole)
     if tokens < 0 or trained < 0:
-        cuts = [*cuts, Cut("rendered shorter in pieces", max(0, -tokens), max(0, -trained))]
+        cuts = [*cuts, Cut(BETWEEN, max(0, -tokens), max(0, -trained))]
     return Fitted(whole, tuple(kept), tuple(cuts), max(0, tokens), max(0, trained))
 
 

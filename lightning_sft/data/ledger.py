@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from lightning_sft.data.fitted import Fitted, trained_tokens
+from lightning_sft.data.fitted import BETWEEN, Fitted, trained_tokens
 from lightning_sft.errors import SFTError
 
 
@@ -68,7 +68,7 @@ class SourceLedger:
         longest: Tokens of the longest example rendered.
         trained_tokens: Tokens kept that are trained (weight above 0).
         context_tokens: Tokens kept that are not trained.
-        truncated_examples: Examples kept of which something was cut, or pieces left out.
+        truncated_examples: Examples kept of which some messages were cut or left out.
         truncated: What that was, by reason.
         dropped: What was dropped whole, by reason.
         split: What became several pieces.
@@ -114,7 +114,7 @@ class SourceLedger:
             self.split.pieces += len(fitted.kept)
         self.split.repeated_tokens += fitted.repeated_tokens
         self.split.retrained_tokens += fitted.retrained_tokens
-        self.truncated_examples += bool(fitted.kept and fitted.cuts)
+        self.truncated_examples += bool(fitted.kept) and any(cut.reason != BETWEEN for cut in fitted.cuts)
         account = self.truncated if fitted.kept else self.dropped
         for reason in dict.fromkeys(cut.reason for cut in fitted.cuts):
             entry = account.setdefault(reason, Loss())

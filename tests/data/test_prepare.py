@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +16,7 @@ from lightning_sft import Conversation, DataFormat, Message, Renderer, Segments,
 from lightning_sft.data.ledger import check_losses
 from lightning_sft.data.prepare import Prepared, prepare
 from lightning_sft.data.sources import Source
+from lightning_sft.data.truncation import Overlong
 from lightning_sft.example import Example
 from lightning_sft_formats.messages import Messages
 
@@ -72,7 +74,7 @@ counts = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12)), min_size=1, 
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(counts=counts, max_length=st.integers(2, 80), overlong=st.sampled_from(["drop", "truncate_right"]))
+@given(counts=counts, max_length=st.integers(2, 80), overlong=st.sampled_from(get_args(Overlong)))
 def test_every_row_and_token_is_accounted_for(counts, max_length, overlong, rows_file, renderer):
     rows = [{"times": times, "long": long} for times, long in counts]
     rendered = [renderer.render(item) for row in rows for item in Repeated().convert(row)]
@@ -85,7 +87,7 @@ def test_every_row_and_token_is_accounted_for(counts, max_length, overlong, rows
     kept_tokens = ledger.trained_tokens + ledger.context_tokens
     truncated = sum(loss.tokens for loss in ledger.truncated.values())
     dropped = sum(loss.tokens for loss in ledger.dropped.values())
-    assert ledger.tokens == kept_tokens + truncated + dropped
+    assert ledger.tokens == kept_tokens + truncated + dropped  # one exchange each, so nothing is repeated
     assert kept_tokens == sum(map(len, prepared.examples))
     assert ledger.trained_tokens == sum(map(trained, prepared.examples))
     assert ledger.trained_tokens + sum(loss.trained_tokens for loss in ledger.lost) == sum(
@@ -336,7 +338,7 @@ def test_rows_that_a_format_puts_together_are_counted_before_and_after(rows_file
 @given(
     talks=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=5),
     max_length=st.integers(2, 120),
-    overlong=st.sampled_from(["drop", "truncate_right"]),
+    overlong=st.sampled_from(get_args(Overlong)),
 )
 def test_every_turn_and_token_is_accounted_for_when_turns_are_split(
     talks, max_length, overlong, rows_file, tokenizer

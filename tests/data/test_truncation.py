@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from lightning_sft import Conversation, Message, Renderer, Segments, SFTError, ToolCall
+from lightning_sft.data.fitted import BETWEEN
 from lightning_sft.data.ledger import SourceLedger
 from lightning_sft.data.truncation import Overlong, fit
 from lightning_sft.example import Example, Reason
@@ -394,16 +395,16 @@ def test_what_a_template_writes_between_turns_alone_is_lost_with_a_reason():
     (out,) = fitted(renderer, talk, len(renderer.render(talk)) - 1, "split")
     assert len(out.kept) == 2
     (cut,) = out.cuts
-    assert (cut.reason, cut.tokens) == ("rendered shorter in pieces", size(renderer, "----"))
+    assert (cut.reason, cut.tokens) == (BETWEEN, size(renderer, "----"))
+    ledger = SourceLedger("rows.json", "")
+    ledger.count(out)
+    assert (ledger.truncated_examples, ledger.split.examples, ledger.split.pieces) == (0, 1, 2)
 
 
 @pytest.mark.parametrize("overlong", ["drop_oldest_turns", "split"])
 def test_a_template_that_refuses_the_shortened_conversation_is_an_error_with_the_row(overlong):
-    greeted = (
-        "{%- if messages | length > 2 and 'one' not in messages[1].content %}{{ raise_exception('no greeting') }}{% endif %}"
-        + CHATML
-    )
-    renderer = chatml(greeted)
+    greeted = "{%- if messages | length > 2 and 'one' not in messages[1].content %}"
+    renderer = chatml("".join([greeted, "{{ raise_exception('no greeting') }}{% endif %}", CHATML]))
     with pytest.raises(SFTError, match=r"no greeting.*as data\.overlong leaves them") as caught:
         fitted(renderer, TALK, len(renderer.render(TALK)) - 1, overlong)
     assert caught.value.where == str(META)
