@@ -93,7 +93,7 @@ def _target(rows: int, validation: float | int) -> int:
     if not 0 < target < rows:
         side = "training" if target else "validation"
         raise SFTError(
-            f"{validation!r} of {rows} rows leaves none for {side}",
+            f"{validation:g} of {rows} rows leaves none for {side}",
             where="data.val_split",
             fix="ask for another size, or give more rows",
         )
