@@ -315,7 +315,7 @@ class SFTDataModule(LightningDataModule):
             overlong=self.overlong,
         )
         check_losses(prepared, self.max_lost_fraction)
-        check_ids(prepared, module.vocabulary)
+        check_ids(prepared, module.tokenizer, module.vocabulary)
         self.prepared[part] = prepared
 
     def _split(self) -> None:
