@@ -81,11 +81,19 @@ class Meta:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in order, with the tools that the assistant may call (JSON schemas, as given)."""
+    """Messages in order.
+
+    Args:
+        messages: The messages.
+        tools: The tools that the assistant may call (JSON schemas, as given).
+        meta: Where it comes from.
+        chat_template_kwargs: Options of the chat template for this conversation, such as `enable_thinking`.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, object], ...] = ()
     meta: Meta = field(default_factory=Meta)
+    chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -289,7 +289,7 @@ def _tags_disagree(
         return []
     turn = rendering.example.turn
     part = conversation if turn is None else replace(conversation, messages=conversation.messages[:turn])
-    tagged = renderer.template.tagged(part.messages, part.tools)
+    tagged = renderer.template.with_options(part.chat_template_kwargs).tagged(part.messages, part.tools)
     starts = rendering.offsets[:, 0]
     inside = [any(start <= at < end for start, end in tagged) for at in starts.tolist()]
     trained = (rendering.example.weights > 0).tolist()

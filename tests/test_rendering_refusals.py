@@ -143,7 +143,6 @@ def test_a_template_that_repeats_a_trained_turn_is_refused():
         ("{{ raise_exception('no such role') }}", "no such role"),
         ("{{ messages[0].text.strip() }}", "'dict object' has no attribute 'text'"),
         ("{{ 1 // 0 }}", "integer division or modulo by zero"),
-        ("{% for m in messages %}", "Unexpected end of template"),
     ],
 )
 def test_what_a_template_raises_is_said(template, words):

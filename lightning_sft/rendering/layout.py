@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_sft.conversation import Conversation, Message, Meta
 from lightning_sft.errors import SFTError
@@ -81,7 +81,7 @@ def conversation_layouts(
             share if before <= n or share.weight == 0 else _Share(0.0, Reason.OTHER_TURN)
             for n, share in enumerate(shares[: turn + 1])
         ]
-        part = Conversation(conversation.messages[: turn + 1], conversation.tools, conversation.meta)
+        part = replace(conversation, messages=conversation.messages[: turn + 1])
         notes = (AFTERWARDS,) if rest and turn == turns[-1] else ()
         layouts.append(_Rendered(template, policies, part, own).layout(turn=turn + 1, notes=notes))
         before = turn + 1
@@ -140,7 +140,7 @@ class _Rendered:
         self.tools: Tools = conversation.tools
         self.text = template.render(self.messages, self.tools)
         self.turns = [n for n, m in enumerate(conversation.messages) if _is_trained_turn(m, shares[n])]
-        self.notes: list[str] = []
+        self.notes = [*template.notes, *self._unused_options()]
 
     def layout(self, turn: int | None = None, notes: tuple[str, ...] = ()) -> Layout:
         """The text with its spans."""
@@ -161,6 +161,14 @@ class _Rendered:
         if self.policies.train_on_eot == "none":
             self.notes.append(NO_EOT)
         return Layout(self.text, tuple(spans), self.conversation.meta, turn=turn, notes=(*self.notes, *notes))
+
+    def _unused_options(self) -> list[str]:
+        options = [name for name in self.conversation.chat_template_kwargs if not self.template.uses(name)]
+        return (
+            [f"the chat template doesn't use the row's chat_template_kwargs {', '.join(options)}"]
+            if options
+            else []
+        )
 
     def _located(self) -> list[list[Piece]]:
         wanted = [

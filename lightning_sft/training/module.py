@@ -55,6 +55,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
             grow where they have no row, and the rows are trained with any adapter.
         chat_template: A Jinja file, or one of the shipped templates (plain, alpaca, chatml); by default the
             tokenizer's own, or `plain` if it has none.
+        chat_template_kwargs: Options of the chat template, such as `enable_thinking: false`; exported as its defaults.
         render: Which parts of a conversation are trained.
         dtype: Type of the loaded weights; by default what `trainer.precision` implies: bfloat16 for
             `bf16-true`, float16 for `16-true`, else float32.
@@ -84,6 +85,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         tokenizer: str | None = None,
         new_tokens: list[str] | None = None,
         chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         render: RenderPolicies = _EVERY_TURN,
         dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
         trust_remote_code: bool = False,
@@ -107,6 +109,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         self.tokenizer_name = tokenizer
         self.new_tokens = new_tokens or []
         self.chat_template = chat_template
+        self.chat_template_kwargs = chat_template_kwargs
         self.render = render
         self.load_dtype = dtype
         self.trust_remote_code = trust_remote_code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
 
@@ -25,6 +25,7 @@ class WithoutWeights(LightningModule):
     tokenizer_name: str | None
     new_tokens: list[str]
     chat_template: str | None
+    chat_template_kwargs: dict[str, Any] | None
     render: RenderPolicies
 
     @property
@@ -71,4 +72,4 @@ class WithoutWeights(LightningModule):
     @cached_property
     def renderer(self) -> Renderer:
         """Renders conversations with this model's tokenizer and chat template."""
-        return Renderer(self.tokenizer, self.chat_template, **asdict(self.render))
+        return Renderer(self.tokenizer, self.chat_template, self.chat_template_kwargs, **asdict(self.render))

@@ -9,6 +9,9 @@ from difflib import get_close_matches
 
 from lightning_sft import Conversation, Message, Row, SFTError, ToolCall
 
+TEMPLATE_OPTIONS = "chat_template_kwargs"
+"""The column with a row's options of the chat template."""
+
 _WEIGHT_KEYS = ("weight", "loss_weight", "train", "training")
 _DETAIL_KEYS = ("train_detail", "training_detail")
 
@@ -124,7 +127,16 @@ def read_chat(
     values = read_list(read_column(row, key, option), where)
     messages = tuple(read_message(value, f"{where}, message {n}") for n, value in enumerate(values, 1))
     check_trained(messages, where)
-    return Conversation(messages, read_row_tools(row, tools))
+    return Conversation(messages, read_row_tools(row, tools), chat_template_kwargs=read_template_options(row))
+
+
+def read_template_options(row: Row) -> Mapping[str, object]:
+    """The row's options of the chat template: an object, or the JSON text of one, in `chat_template_kwargs`."""
+    where, value = f"key {TEMPLATE_OPTIONS!r}", row.get(TEMPLATE_OPTIONS)
+    if is_blank(value):
+        return {}
+    options = read_object(read_json(value, where) if isinstance(value, str) else value, where)
+    return {name: option for name, option in options.items() if option is not None}
 
 
 def read_row_tools(row: Row, key: str) -> tuple[Mapping[str, object], ...]:

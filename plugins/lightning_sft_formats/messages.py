@@ -16,7 +16,12 @@ from lightning_sft_formats.fields import (
     read_text,
     read_weight,
 )
-from lightning_sft_formats.writing import as_conversation, write_arguments, write_weight
+from lightning_sft_formats.writing import (
+    as_conversation,
+    write_arguments,
+    write_template_options,
+    write_weight,
+)
 
 ROLES = {
     "system": "system",
@@ -72,7 +77,7 @@ class Messages(DataFormat):
         row: dict[str, object] = {self.messages: write_messages(conversation.messages)}
         if conversation.tools:
             row[self.tools] = list(conversation.tools)
-        return row
+        return row | write_template_options(conversation)
 
 
 def read_messages(value: object, where: str) -> tuple[Message, ...]:

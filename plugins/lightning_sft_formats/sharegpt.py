@@ -17,7 +17,7 @@ from lightning_sft_formats.fields import (
     read_text,
     read_weight,
 )
-from lightning_sft_formats.writing import as_conversation, refuse, write_weight
+from lightning_sft_formats.writing import as_conversation, refuse, write_template_options, write_weight
 
 CALL = "function_call"
 
@@ -102,7 +102,7 @@ class ShareGPT(DataFormat):
         row: dict[str, object] = {self.conversations: turns}
         if conversation.tools:
             row[self.tools] = json.dumps(conversation.tools, ensure_ascii=False)
-        return row
+        return row | write_template_options(conversation)
 
     def _message(self, turn: object, where: str) -> Message:
         fields = read_object(turn, where)
