@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lightning_sft.conversation import Conversation, Message, Meta
+from lightning_sft.conversation import Conversation, Message, Meta, PartWeight
 from lightning_sft.errors import SFTError
 from lightning_sft.example import Reason
 from lightning_sft.rendering.locate import Piece, Wanted, locate
@@ -56,10 +56,15 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """A message's weight, and the reason for it."""
+    """A message's weight, the reason for it, and those of its parts; whether anything of it is trained."""
 
     weight: float
     reason: Reason
+    parts: tuple[PartWeight, ...] = ()
+
+    @property
+    def trained(self) -> bool:
+        return self.weight > 0 or any(part.weight > 0 for part in self.parts)
 
 
 def conversation_layouts(
@@ -75,10 +80,10 @@ def conversation_layouts(
     if not (policies.split_turns and turns):
         return [_Rendered(template, policies, conversation, shares).layout()]
     layouts, before = [], 0
-    rest = any(share.weight > 0 for share in shares[turns[-1] + 1 :])
+    rest = any(share.trained for share in shares[turns[-1] + 1 :])
     for turn in turns:
         own = [
-            share if before <= n or share.weight == 0 else _Share(0.0, Reason.OTHER_TURN)
+            share if before <= n or not share.trained else _Share(0.0, Reason.OTHER_TURN)
             for n, share in enumerate(shares[: turn + 1])
         ]
         part = replace(conversation, messages=conversation.messages[: turn + 1])
@@ -89,27 +94,28 @@ def conversation_layouts(
 
 
 def _is_trained_turn(message: Message, share: _Share) -> bool:
-    return message.role == "assistant" and share.weight > 0
+    return message.role == "assistant" and share.trained
 
 
 def _shares(messages: Sequence[Message], policies: RenderPolicies) -> list[_Share]:
     """What the messages' own weights and the policies make of each."""
     shares = []
+    defaults = {"assistant": 1.0, "tool": 0.0}
     for number, message in enumerate(messages, 1):
         place = _place(number, message)
-        if message.role == "assistant":
-            weight = checked_weight(1.0 if message.weight is None else message.weight, place)
-            shares.append(_Share(weight, Reason.TRAINED if weight > 0 else Reason.ZERO_WEIGHT))
-            continue
-        default = 0.0 if message.role == "tool" else policies.prompt_weight
+        default = defaults.get(message.role, policies.prompt_weight)
         weight = checked_weight(default if message.weight is None else message.weight, place)
-        if message.role == "tool" and weight > 0:
+        parts = tuple(replace(p, weight=checked_weight(p.weight, place)) for p in message.part_weights)
+        untrained = Reason.ZERO_WEIGHT if message.role == "assistant" else Reason.CONTEXT
+        share = _Share(weight, Reason.TRAINED if weight > 0 else untrained, parts)
+        if message.role == "tool" and share.trained:
+            highest = max(weight, *(part.weight for part in parts)) if parts else weight
             raise SFTError(
-                f"the result of a tool has weight {weight:g}, but the model never writes one",
+                f"the result of a tool has weight {highest:g}, but the model never writes one",
                 where=place,
                 fix="give it weight 0, or none",
             )
-        shares.append(_Share(weight, Reason.TRAINED if weight > 0 else Reason.CONTEXT))
+        shares.append(share)
     if policies.train_on == "last_turn":
         turns = [n for n, message in enumerate(messages) if message.role == "assistant"]
         for turn in turns[:-1]:
@@ -154,6 +160,8 @@ class _Rendered:
             if number in self.turns:
                 limit = min((p[0].start for p in located[number + 1 :] if p), default=len(self.text))
                 spans += self._turn(number, pieces, limit)
+            elif share.parts:
+                spans += [self._part_span(number, piece, piece.start, piece.end) for piece in pieces]
             elif self.conversation.messages[number].role == "assistant" or share.weight > 0:
                 spans.append(Span(start, end, share.weight, share.reason, number))
             else:
@@ -174,9 +182,10 @@ class _Rendered:
         wanted = [
             Wanted(
                 place=place,
-                trained=share.weight > 0,
+                trained=share.trained,
                 own=message.role == "assistant",
                 reasoning=self.policies.train_reasoning or message.role != "assistant",
+                weights=share.parts if share.trained else (),
             )
             for place, share, message in zip(
                 self.places, self.shares, self.conversation.messages, strict=True
@@ -202,11 +211,17 @@ class _Rendered:
 
     def _turn(self, number: int, pieces: Sequence[Piece], limit: int) -> list[Span]:
         """The spans of a trained turn: what the model produces, without what the policies leave out."""
-        weight = self.shares[number].weight
         start = self._start(number, pieces[0].start)
         stop, end = self._stop(number, pieces[-1].end, limit)
         self._check_history_is_kept(number, end)
-        spans = [Span(start, end, weight, Reason.TRAINED, number)]
+        if self.shares[number].parts:
+            # What the template writes between parts goes with the later one, the end of the turn with the last.
+            starts = [start, *(piece.end for piece in pieces[:-1])]
+            ends = [*(piece.end for piece in pieces[:-1]), end]
+            between = zip(pieces, starts, ends, strict=True)
+            spans = [self._part_span(number, piece, *place) for piece, *place in between]
+        else:
+            spans = [Span(start, end, self.shares[number].weight, Reason.TRAINED, number)]
         if not self.policies.train_reasoning:
             spans += [
                 Span(piece.start, piece.end, 0.0, Reason.REASONING, number)
@@ -217,6 +232,12 @@ class _Rendered:
         if not trained_eot[self.policies.train_on_eot]:
             spans.append(Span(stop, end, 0.0, Reason.END_OF_TURN, number))
         return spans
+
+    def _part_span(self, number: int, piece: Piece, start: int, end: int) -> Span:
+        """The span of a part: with its own weight, or else the message's."""
+        share = self.shares[number]
+        weight = share.weight if piece.weight is None else piece.weight
+        return Span(start, end, weight, Reason.TRAINED if weight > 0 else Reason.ZERO_WEIGHT, number)
 
     def _start(self, number: int, first_piece: int) -> int:
         """Where the generation prompt ends, which inference gives the model.

@@ -51,7 +51,7 @@ def plain_text(message: Message, where: str) -> str:
     Raises:
         SFTError: The message has more than that; says what.
     """
-    refuse(message, where, "reasoning", "tool_calls", "tool_call_id", "name", "weight")
+    refuse(message, where, "reasoning", "tool_calls", "tool_call_id", "name", "weight", "part_weights")
     return message.content
 
 
