@@ -186,14 +186,6 @@ def test_half_a_character_is_refused():
     assert "half a character" in refusal(chatml(), Segments(((f"cut {half}", 1.0),), META))
 
 
-def test_a_slow_tokenizer_is_refused():
-    class Slow:
-        is_fast = False
-
-    with pytest.raises(SFTError, match=r"model\.tokenizer: Slow is a slow tokenizer"):
-        Renderer(Slow())
-
-
 def test_a_generation_prompt_that_holds_the_response_is_refused():
     template = CHATML.replace(
         "<|im_start|>assistant\\n' }}{% endif", "<|im_start|>assistant\\nhel' }}{% endif"

@@ -14,6 +14,7 @@ import numpy as np
 from lightning_sft.errors import SFTError
 from lightning_sft.example import Example, Reason
 from lightning_sft.rendering.layout import Layout, Span
+from lightning_sft.rendering.slow_offsets import slow_offsets
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,7 +46,7 @@ class Encoder:
     """Encodes layouts in batches.
 
     Args:
-        tokenizer: A fast tokenizer.
+        tokenizer: A fast tokenizer; a slow one works too, if its texts decode to what they were.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -62,6 +63,8 @@ class Encoder:
         """
         if not layouts:
             return []
+        if not self.tokenizer.is_fast:
+            return [self._slowly(layout) for layout in layouts]
         encoded = self._offset_tokenizer(
             [layout.text for layout in layouts],
             add_special_tokens=False,
@@ -71,6 +74,14 @@ class Encoder:
         )
         pairs = zip(layouts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [self._rendering(layout, ids, offsets) for layout, ids, offsets in pairs]
+
+    def _slowly(self, layout: Layout) -> Rendering:
+        ids = self.tokenizer(layout.text, add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            offsets = slow_offsets(self.tokenizer, ids, layout.text)
+        except SFTError as error:
+            raise error.at(str(layout.meta)) from None
+        return self._rendering(layout, ids, offsets)
 
     @cached_property
     def _offset_tokenizer(self) -> PreTrainedTokenizerBase:

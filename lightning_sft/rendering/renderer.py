@@ -24,14 +24,14 @@ class Renderer:
     """Renders conversations for one tokenizer and chat template.
 
     Args:
-        tokenizer: A fast tokenizer.
+        tokenizer: A fast tokenizer; a slow one works too, if its texts decode to what they were.
         chat_template: A Jinja file, the name of a shipped template, or None for the tokenizer's own
             (`plain` for a tokenizer without one).
         chat_template_kwargs: What the template is given besides the messages, such as `enable_thinking`.
         policies: The fields of `RenderPolicies`, by name.
 
     Raises:
-        SFTError: The tokenizer gives no offsets, the template can't be found or read or doesn't take the
+        SFTError: The template can't be found or read or doesn't take the
             options, or a policy has a value that doesn't exist.
     """
 
@@ -42,12 +42,6 @@ class Renderer:
         chat_template_kwargs: Mapping[str, object] | None = None,
         **policies: Any,
     ) -> None:
-        if not tokenizer.is_fast:
-            raise SFTError(
-                f"{type(tokenizer).__name__} is a slow tokenizer: it doesn't tell where a token lies",
-                where="model.tokenizer",
-                fix="save it as a fast one (a folder with tokenizer.json) and give that folder",
-            )
         self.tokenizer = tokenizer
         self.policies = RenderPolicies(**policies)
         text = chat_templates.resolve(chat_template, tokenizer)
