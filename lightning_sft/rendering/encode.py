@@ -59,7 +59,7 @@ class Encoder:
         """The renderings of the layouts.
 
         Raises:
-            SFTError: No token of one would be trained; names its row.
+            SFTError: No token of one would be trained, or generation wouldn't stop at the end of a turn; names its row.
         """
         if not layouts:
             return []
@@ -107,6 +107,7 @@ class Encoder:
             offsets += [(behind, behind + 1) for _ in layout.suffix]
         tokens = np.array(ids, dtype=np.int32)
         chars = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids)).reshape(-1, 2)
+        self._check_stops(layout, tokens, chars)
         spans = (_TEMPLATE, *layout.spans)
         span_of = self._span_of(layout, tokens, chars)
         weights = np.array([span.weight for span in spans], dtype=np.float32)[span_of]
@@ -121,6 +122,18 @@ class Encoder:
             )
         example = Example(tokens, weights, reasons, layout.meta, layout.turn, layout.notes)
         return Rendering(example, layout.text, chars, spans, span_of)
+
+    def _check_stops(self, layout: Layout, tokens: NDArray[np.int32], chars: NDArray[np.int64]) -> None:
+        """Refuse an end of turn that isn't its token here: generation stops on the token, not on the text."""
+        for start, name in layout.stops:
+            found = tokens[(chars[:, 0] <= start) & (chars[:, 1] > start)]
+            if found.tolist() != [self.tokenizer.convert_tokens_to_ids(name)]:
+                made = " ".join(map(repr, self.tokenizer.convert_ids_to_tokens(found.tolist())))
+                raise SFTError(
+                    f"the tokenizer makes {made} of the end-of-turn token {name} here: no stop for generation",
+                    where=str(layout.meta),
+                    fix="give it single_word: false in the tokenizer, or use another chat template",
+                )
 
     def _span_of(
         self, layout: Layout, tokens: NDArray[np.int32], chars: NDArray[np.int64]

@@ -12,7 +12,7 @@ from lightning_sft.rendering.locate import Piece, Wanted, locate
 from lightning_sft.rendering.policies import RenderPolicies, checked_weight
 from lightning_sft.rendering.template import Template, Tools, as_chat_message
 
-NO_EOT = "train_on_eot: none: no end of a turn is trained, and none is asked for"
+NO_EOT = "train_on_eot: none: no end of a turn is trained, and whether each turn has one isn't checked"
 AFTERWARDS = "text to train on after the last trained turn is in no example (split_turns)"
 
 _KEEP = "use a chat template that keeps history (model.chat_template), or give the turn weight 0"
@@ -42,7 +42,8 @@ class Span:
 class Layout:
     """A text with its spans, before it is encoded; of spans that overlap, the later one counts.
 
-    `prefix` and `suffix` are token ids around the text; the suffix lies one character behind it.
+    `prefix` and `suffix` are token ids around the text; the suffix lies one character behind it. `stops` are the
+    end-of-turn tokens of trained turns, with the character at which each begins.
     """
 
     text: str
@@ -52,6 +53,7 @@ class Layout:
     suffix: tuple[int, ...] = ()
     turn: int | None = None
     notes: tuple[str, ...] = ()
+    stops: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,7 @@ class _Rendered:
         self.tools: Tools = conversation.tools
         self.text = template.render(self.messages, self.tools)
         self.turns = [n for n, m in enumerate(conversation.messages) if _is_trained_turn(m, shares[n])]
+        self.stops: list[tuple[int, str]] = []
         self.notes = [*template.notes, *self._unused_options()]
 
     def layout(self, turn: int | None = None, notes: tuple[str, ...] = ()) -> Layout:
@@ -168,7 +171,14 @@ class _Rendered:
                 spans += [Span(piece.start, piece.end, 0.0, share.reason, number) for piece in pieces]
         if self.policies.train_on_eot == "none":
             self.notes.append(NO_EOT)
-        return Layout(self.text, tuple(spans), self.conversation.meta, turn=turn, notes=(*self.notes, *notes))
+        return Layout(
+            text=self.text,
+            spans=tuple(spans),
+            meta=self.conversation.meta,
+            turn=turn,
+            notes=(*self.notes, *notes),
+            stops=tuple(self.stops),
+        )
 
     def _unused_options(self) -> list[str]:
         options = [name for name in self.conversation.chat_template_kwargs if not self.template.uses(name)]
@@ -273,6 +283,8 @@ class _Rendered:
         found = [(at, -len(stop)) for stop in stops if (at := self.text.find(stop, after, limit)) >= 0]
         if found:
             at, length = min(found)
+            if not none:
+                self.stops.append((at, self.text[at : at - length]))
             return at, at - length
         through = self.template.render(self.messages[: number + 1], self.tools)
         if not none:
@@ -302,7 +314,7 @@ class _Rendered:
             )
 
     def _check_bos(self, located: Sequence[Sequence[Piece]]) -> None:
-        """Refuse a second BOS at the start; note a missing one."""
+        """Refuse a second BOS at the start; note a missing one, and those further on."""
         tokenizer = self.template.tokenizer
         bos = tokenizer.bos_token
         if not bos:
@@ -316,6 +328,10 @@ class _Rendered:
             )
         if self.template.tokenizer_adds_bos and not self.text.startswith(bos):
             self.notes.append(f"the chat template writes no BOS token ({bos}), which other texts get")
+        if bos not in (tokenizer.eos_token, *self.template.known_stops) and bos in self.text[len(bos) :]:
+            self.notes.append(
+                f"there are BOS tokens ({bos}) after the start: the template's, or in the messages"
+            )
 
 
 def _common(one: str, other: str) -> int:
