@@ -13,6 +13,7 @@ TEMPLATE_OPTIONS = "chat_template_kwargs"
 """The column with a row's options of the chat template."""
 
 _WEIGHT_KEYS = ("weight", "loss_weight", "train", "training")
+_CALL_TYPES = (None, "function", "function_call", "tool_call")
 _DETAIL_KEYS = ("train_detail", "training_detail")
 
 
@@ -174,6 +175,10 @@ def read_calls(value: object, where: str) -> tuple[ToolCall, ...]:
 
 def _read_call(value: object, where: str) -> ToolCall:
     call = read_object(value, where)
+    if (what := call.get("type")) not in _CALL_TYPES:
+        raise SFTError(
+            f"the tool call is of type {what!r}", where=where, fix='write it as {"name": …, "arguments": {…}}'
+        )
     function = call if call.get("function") is None else read_object(call["function"], where)
     name, call_id = function.get("name"), call.get("id")
     if not isinstance(name, str) or not name:
@@ -349,5 +354,7 @@ def kind(value: object) -> str:
     """How an error calls a JSON value of this kind."""
     if value is None:
         return "null"
-    names = {bool: "true or false", dict: "a JSON object", list: "a list", str: "text"}
+    if isinstance(value, Mapping):
+        return "a JSON object"
+    names = {bool: "true or false", list: "a list", str: "text"}
     return names.get(type(value), f"a value of type {type(value).__name__}")
