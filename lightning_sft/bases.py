@@ -6,7 +6,7 @@ A plug-in's typed `__init__` parameters with their docstrings are its options in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,9 @@ class Adapter(ABC):
 
     default_learning_rate: ClassVar[float] = 1e-5
     """The peak learning rate where the configuration gives none."""
+
+    new_token_ids: Sequence[int] = ()
+    """Rows of the input and the output embedding to train in any case (`model.new_tokens`); set before `prepare`."""
 
     @abstractmethod
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:

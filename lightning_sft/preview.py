@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,17 +315,23 @@ def _tags_disagree(
     if isinstance(conversation, Segments) or not re.search(r"\{%-?\s*generation\b", renderer.chat_template):
         return []
     numbers = rendering.part.messages if rendering.part else ()
-    tagged = renderer.template.tagged([conversation.messages[n] for n in numbers], conversation.tools)
+    template = renderer.template.with_options(conversation.chat_template_kwargs)
+    tagged = template.tagged([conversation.messages[n] for n in numbers], conversation.tools)
     starts = rendering.offsets[:, 0]
     inside = [any(start <= at < end for start, end in tagged) for at in starts.tolist()]
-    trained = (rendering.example.weights > 0).tolist()
-    more = sum(a and not b for a, b in zip(inside, trained, strict=True))
-    fewer = sum(b and not a for a, b in zip(inside, trained, strict=True))
+    example = rendering.example
+    pairs = list(zip(inside, (example.weights > 0).tolist(), strict=True))
+    more = Counter(
+        REASONS[Reason(int(example.reasons[n]))] for n, (tag, train) in enumerate(pairs) if tag and not train
+    )
+    fewer = [int(example.input_ids[n]) for n, (tag, train) in enumerate(pairs) if train and not tag]
     if not more and not fewer:
         return []
+    why = f" ({', '.join(f'{count:,} {reason}' for reason, count in more.items())})" if more else ""
+    first = f" (the first: {renderer.tokenizer.decode(fewer[:1])!r})" if fewer else ""
     return [
-        f"the template's generation tags hold {more:,} tokens that aren't trained, and leave out {fewer:,} that "
-        "are: weights, policies and the generation prompt decide, not the tags"
+        f"the template's generation tags hold {more.total():,} tokens that aren't trained{why}, and leave out "
+        f"{len(fewer):,} that are{first}: weights, policies and the generation prompt decide, not the tags"
     ]
 
 

@@ -227,7 +227,16 @@ def test_generation_tags_that_disagree_are_a_warning():
     assert agreeing.warnings == ()
     tags = SMOLLM.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>' }}")
     (short,) = shown(make_renderer(tokenizer, tags), talk)
-    assert "hold 0 tokens that aren't trained, and leave out 2 that are" in short.warnings[0]
+    assert (
+        "hold 0 tokens that aren't trained, and leave out 2 that are (the first: '<|im_end|>')"
+        in short.warnings[0]
+    )
+    untrained = conversation(("user", "a"), ("assistant", "b", 0.0), ("user", "c"), Message("assistant", "d"))
+    (more,) = shown(make_renderer(tokenizer, SMOLLM), untrained)
+    told = (
+        "hold 2 tokens that aren't trained (1 not trained: weight 0, 1 context), and leave out 0 that are: "
+    )
+    assert told in more.warnings[0]
 
 
 class _Tokens(HTMLParser):

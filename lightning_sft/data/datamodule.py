@@ -320,7 +320,7 @@ class SFTDataModule(LightningDataModule):
             context=context,
             overlong=self.overlong,
         )
-        check_ids(prepared, module.vocabulary)
+        check_ids(prepared, module.tokenizer, module.vocabulary)
         self.prepared[part] = prepared
 
     def _split(self) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
-from typing import Literal
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Literal
 
 from lightning_sft import plugins
 from lightning_sft.conversation import Meta, Row
@@ -19,6 +20,9 @@ from lightning_sft.errors import SFTError
 from lightning_sft.example import Example
 from lightning_sft.rendering import Renderer
 from lightning_sft.training.fingerprint import examples_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 256  # conversations that are encoded in one call
 
@@ -103,7 +107,7 @@ def prepare(
     return prepared
 
 
-def check_ids(prepared: Prepared, vocabulary: int) -> None:
+def check_ids(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
     """Refuse tokens that the model doesn't have. (A tokenizer may know some that never occur, as Gemma 3's does.)
 
     Raises:
@@ -111,10 +115,14 @@ def check_ids(prepared: Prepared, vocabulary: int) -> None:
     """
     for example in prepared.examples:
         if (largest := int(example.input_ids.max())) >= vocabulary:
+            ids = [each.input_ids[each.input_ids >= vocabulary].tolist() for each in prepared.examples]
+            beyond = sorted({*chain.from_iterable(ids)})
+            names = json.dumps(tokenizer.convert_ids_to_tokens(beyond[:8]), ensure_ascii=False)
             raise SFTError(
                 f"the tokenizer makes token {largest}, the model's vocabulary has only {vocabulary}",
                 where=f"model.tokenizer: {example.meta}",
-                fix="use the tokenizer that the model was trained with",
+                fix="use the tokenizer that the model was trained with; or, if the model is to learn these tokens, "
+                f"set model.new_tokens: {names}",
             )
 
 

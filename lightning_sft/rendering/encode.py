@@ -14,6 +14,7 @@ import numpy as np
 from lightning_sft.errors import SFTError
 from lightning_sft.example import Example, Reason
 from lightning_sft.rendering.layout import Layout, Part, Span
+from lightning_sft.rendering.slow_offsets import slow_offsets
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,7 +48,7 @@ class Encoder:
     """Encodes layouts in batches.
 
     Args:
-        tokenizer: A fast tokenizer.
+        tokenizer: A fast tokenizer; a slow one works too, if its texts decode to what they were.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -60,10 +61,12 @@ class Encoder:
         """The renderings of the layouts.
 
         Raises:
-            SFTError: No token of one would be trained; names its row.
+            SFTError: No token of one would be trained, or generation wouldn't stop at the end of a turn; names its row.
         """
         if not layouts:
             return []
+        if not self.tokenizer.is_fast:
+            return [self._slowly(layout) for layout in layouts]
         encoded = self._offset_tokenizer(
             [layout.text for layout in layouts],
             add_special_tokens=False,
@@ -73,6 +76,14 @@ class Encoder:
         )
         pairs = zip(layouts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [self._rendering(layout, ids, offsets) for layout, ids, offsets in pairs]
+
+    def _slowly(self, layout: Layout) -> Rendering:
+        ids = self.tokenizer(layout.text, add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            offsets = slow_offsets(self.tokenizer, ids, layout.text)
+        except SFTError as error:
+            raise error.at(str(layout.meta)) from None
+        return self._rendering(layout, ids, offsets)
 
     @cached_property
     def _offset_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -98,6 +109,7 @@ class Encoder:
             offsets += [(behind, behind + 1) for _ in layout.suffix]
         tokens = np.array(ids, dtype=np.int32)
         chars = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids)).reshape(-1, 2)
+        self._check_stops(layout, tokens, chars)
         spans = (_TEMPLATE, *layout.spans)
         span_of = self._span_of(layout, tokens, chars)
         weights = np.array([span.weight for span in spans], dtype=np.float32)[span_of]
@@ -113,6 +125,18 @@ class Encoder:
         turn = None if layout.part is None else layout.part.turn
         example = Example(tokens, weights, reasons, layout.meta, turn, layout.notes)
         return Rendering(example, layout.text, chars, spans, span_of, layout.part)
+
+    def _check_stops(self, layout: Layout, tokens: NDArray[np.int32], chars: NDArray[np.int64]) -> None:
+        """Refuse an end of turn that isn't its token here: generation stops on the token, not on the text."""
+        for start, name in layout.stops:
+            found = tokens[(chars[:, 0] <= start) & (chars[:, 1] > start)]
+            if found.tolist() != [self.tokenizer.convert_tokens_to_ids(name)]:
+                made = " ".join(map(repr, self.tokenizer.convert_ids_to_tokens(found.tolist())))
+                raise SFTError(
+                    f"the tokenizer makes {made} of the end-of-turn token {name} here: no stop for generation",
+                    where=str(layout.meta),
+                    fix="give it single_word: false in the tokenizer, or use another chat template",
+                )
 
     def _span_of(
         self, layout: Layout, tokens: NDArray[np.int32], chars: NDArray[np.int64]

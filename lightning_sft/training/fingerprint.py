@@ -51,6 +51,7 @@ def done_so_far(module: SFTModule, trainer: Trainer) -> Facts:
         "processes": trainer.world_size,
         "frozen weights of the base": frozen_digest(module),
         "chat template": _short(hashlib.sha256(module.renderer.chat_template.encode())),
+        **({"model.new_tokens": str(module.new_tokens)} if module.new_tokens else {}),
         **_options("model.adapter", module.adapter),
     }
 
