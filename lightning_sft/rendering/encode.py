@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
@@ -62,15 +62,37 @@ class Encoder:
         """
         if not layouts:
             return []
-        encoded = self._offset_tokenizer(
-            [layout.text for layout in layouts],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        pairs = zip(layouts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        return [self._rendering(layout, ids, offsets) for layout, ids, offsets in pairs]
+        encoded = self._encoded([layout.text for layout in layouts])
+        pairs = zip(layouts, encoded, strict=True)
+        return [self._rendering(layout, ids, offsets) for layout, (ids, offsets) in pairs]
+
+    def _encoded(self, texts: list[str]) -> Iterator[tuple[list[int], Sequence[tuple[int, int]]]]:
+        """Ids and offsets of each text, as the tokenizer's own call gives them, without that call's many lists."""
+        tokenizer = self._offset_tokenizer
+        if not self._is_plain:
+            encoded = tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                verbose=False,
+            )
+            return zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        encodings = backend.encode_batch(texts, add_special_tokens=False)
+        return ((encoding.ids, encoding.offsets) for encoding in encodings)
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        """Whether the tokenizer's class leaves encoding to the library that it is a face of."""
+        from transformers import PreTrainedTokenizerFast
+
+        plain = PreTrainedTokenizerFast
+        names = ("__call__", "_encode_plus", "_convert_encoding", "set_truncation_and_padding")
+        return all(getattr(type(self.tokenizer), name) is getattr(plain, name) for name in names)
 
     @cached_property
     def _offset_tokenizer(self) -> PreTrainedTokenizerBase:
