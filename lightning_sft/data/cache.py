@@ -303,13 +303,11 @@ def _format(format: DataFormat) -> list[object]:
     return [name, plugins.describe(format), code, _plain(state, name)]
 
 
-def _installed() -> list[object]:
+def _installed() -> dict[str, object]:
     """The formats that `auto` chooses from, with their code; none of it is imported."""
-    found = plugins.discover("formats")
-    return [
-        [str(plugin), plugin.target, _code(plugin.target.partition(".")[0].partition(":")[0])]
-        for plugin in found
-    ]
+    found = {str(plugin): plugin.target for plugin in plugins.discover("formats")}
+    packages = {re.split("[.:]", target)[0] for target in found.values()}
+    return {"formats": found, "code": {package: _code(package) for package in sorted(packages)}}
 
 
 def _plain(value: object, where: str) -> object:
@@ -356,7 +354,7 @@ def _code(package: str) -> str:
         (path, str(path.relative_to(folder))) for folder in folders for path in Path(folder).rglob("*.py")
     ]
     for path, name in sorted(files, key=lambda pair: pair[1]):
-        found.update(f"{name} {file_digest(path)}\n".encode())
+        found.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return found.hexdigest()
 
 

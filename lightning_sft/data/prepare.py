@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 Overlong = Literal["drop", "truncate_right"]
 
-_CHUNK = 256  # rows that are converted, rendered and encoded at once
-_ALONE = 8  # chunks before other processes are started
+_CHUNK = 64  # rows that are converted, rendered and encoded at once
+_ALONE = 32  # chunks before other processes are started
 
 
 @dataclass

@@ -120,11 +120,11 @@ class Encoder:
         chars = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids)).reshape(-1, 2)
         spans = (_TEMPLATE, *layout.spans)
         span_of = self._span_of(layout, tokens, chars)
-        weights = np.array([span.weight for span in spans], dtype=np.float32)[span_of]
-        reasons = np.array([span.reason for span in spans], dtype=np.uint8)[span_of]
+        weights = np.array([span.weight for span in spans], dtype=np.float32).take(span_of)
+        reasons = np.array([span.reason for span in spans], dtype=np.uint8).take(span_of)
         if len(tokens) and weights[0] > 0:
             weights[0], reasons[0] = 0.0, Reason.FIRST
-        if not (weights > 0).any():
+        if not weights.any():
             raise SFTError(
                 "nothing to train on: no token of this row has a weight above 0",
                 where=str(layout.meta),
@@ -137,13 +137,20 @@ class Encoder:
         self, layout: Layout, tokens: NDArray[np.int32], chars: NDArray[np.int64]
     ) -> NDArray[np.int64]:
         """The number of the span that each token belongs to, counted from 1; 0 is the template's text."""
-        starts, ends = chars[:, 0], chars[:, 1]
+        starts, ends = np.ascontiguousarray(chars.T)
         span_of = np.zeros(len(tokens), dtype=np.int64)
+        in_order = bool((starts[1:] >= starts[:-1]).all() and (ends[1:] >= ends[:-1]).all())
         for number, span in enumerate(layout.spans, 1):
-            inside = (starts >= span.start) & (starts < span.end)
-            for i in np.flatnonzero((starts < span.start) & (ends > span.start)):
+            if in_order:
+                first, last = starts.searchsorted((span.start, span.end)).tolist()
+                span_of[first:last] = number
+                reaching = list(range(int(ends.searchsorted(span.start, "right")), first))
+            else:
+                span_of[(starts >= span.start) & (starts < span.end)] = number
+                reaching = np.flatnonzero((starts < span.start) & (ends > span.start)).tolist()
+            for i in reaching:
                 # A token that reaches into the span has to be produced, so it is trained; except an added
                 # token of the header that has merely swallowed the whitespace after it.
-                inside[i] = not (self._added[tokens[i]] and layout.text[span.start : ends[i]].isspace())
-            span_of[inside] = number
+                if not (self._added[tokens[i]] and layout.text[span.start : ends[i]].isspace()):
+                    span_of[i] = number
         return span_of
