@@ -24,7 +24,7 @@ from datetime import date
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_sft import plugins
 from lightning_sft.bases import DataFormat
@@ -90,13 +90,13 @@ def renderer_facts(renderer: Renderer) -> dict[str, object]:
     """
     tokenizer = renderer.tokenizer
     # What stands before the added tokens is how the last call padded and truncated; it is set anew by the next one.
-    _, _, tokens = tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')
+    serialised = memoryview(text := tokenizer.backend_tokenizer.to_str().encode())
     own = type(tokenizer).__module__.partition(".")[0] == "transformers"
     return {
         "template": renderer.chat_template,
         "today": date.today().isoformat() if "strftime_now" in renderer.chat_template else None,
         "policies": _plain(renderer.policies, "model.render"),
-        "tokenizer": hashlib.sha256(tokens.encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(serialised[text.index(b'"added_tokens"') :]).hexdigest(),
         "class": f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}",
         "class code": None if own else file_digest(_module_file(type(tokenizer))),
         "special tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
@@ -132,7 +132,7 @@ def examples(
     Raises:
         SFTError: There is no room for them, or the data was changed while it was read.
     """
-    made: dict[str, object] = {}
+    made: dict[str, Any] = {}
     cache: Cache | None = None
     if folder is not None:
         try:
@@ -146,10 +146,11 @@ def examples(
 
         def fill_and_check(partial: Path) -> None:
             fill(partial)
-            if [_source(source) for source in sources] != made["sources"]:
-                raise SFTError(
-                    "the data was changed while it was read", where=_listed(sources), fix="start again"
-                )
+            for source, read in zip(sources, made["sources"], strict=True):
+                if _files(source) != read["files"]:
+                    raise SFTError(
+                        "the data was changed while it was read", where=source.path, fix="start again"
+                    )
 
         return cache.get(digest(made), fill_and_check)
     except OSError as error:
@@ -168,10 +169,6 @@ def _temporary(fill: Callable[[Path], None]) -> ExampleStore:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _listed(sources: Sequence[Source]) -> str:
-    return ", ".join(source.path for source in sources)
 
 
 class Cache:
@@ -269,21 +266,23 @@ class Cache:
 
 
 def _source(source: Source) -> dict[str, object]:
-    files = data_files(source)
-    if files is None:
-        dataset = hub_dataset(source)
-        files = [Path(file["filename"]) for file in dataset.cache_files]
-        if not files:
-            raise NotCached(f"the dataset {source.path} is in no file")
-        names = [""] * len(files)
-    else:
-        names = [str(file) for file in files]
     return {
         "path": source.path,
-        "files": [[name, file_digest(file)] for name, file in zip(names, files, strict=True)],
+        "files": _files(source),
         "options": [source.subset, source.split, source.revision, source.limit],
         "format": _installed() if source.format == "auto" else _format(source.format),
     }
+
+
+def _files(source: Source) -> list[list[str]]:
+    """Name and hash of each file that the rows are read from; those of a dataset have names that say nothing."""
+    files = data_files(source)
+    if files is not None:
+        return [[str(file), file_digest(file)] for file in files]
+    found = [["", file_digest(Path(file["filename"]))] for file in hub_dataset(source).cache_files]
+    if not found:
+        raise NotCached(f"the dataset {source.path} is in no file")
+    return found
 
 
 def _format(format: DataFormat) -> list[object]:
@@ -305,8 +304,8 @@ def _format(format: DataFormat) -> list[object]:
 
 def _installed() -> dict[str, object]:
     """The formats that `auto` chooses from, with their code; none of it is imported."""
-    found = {str(plugin): plugin.target for plugin in plugins.discover("formats")}
-    packages = {re.split("[.:]", target)[0] for target in found.values()}
+    found = [[str(plugin), plugin.target] for plugin in plugins.discover("formats")]
+    packages = {re.split("[.:]", target)[0] for _, target in found}
     return {"formats": found, "code": {package: _code(package) for package in sorted(packages)}}
 
 
@@ -339,12 +338,14 @@ def _plain(value: object, where: str) -> object:
 
 
 def _code(package: str) -> str:
-    """A hash of the source of a top-level package or module.
+    """A hash of the source of a top-level package or module; one that isn't there has none.
 
     Raises:
-        NotCached: It has none.
+        NotCached: It is there without source.
     """
     spec = sys.modules[package].__spec__ if package in sys.modules else find_spec(package)
+    if spec is None and package not in sys.modules:
+        return ""
     folders = list(spec.submodule_search_locations or []) if spec else []
     if spec is None or not (folders or (spec.origin or "").endswith(".py")):
         raise NotCached(f"the module {package} has no source")

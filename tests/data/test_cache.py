@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,16 @@ def test_the_arrays_agree_with_the_examples_one_by_one(data, tokenizer):
         == made([Source(str(data))], Renderer(tokenizer, prompt_weight=0.3), None).part([2, 4, 0]).digest
     )
     assert part.digest != prepared.part([0, 4, 11]).digest
+
+
+def test_another_process_gets_the_place_of_the_files_and_no_copy(data, tokenizer):
+    whole = made([Source(str(data))], Renderer(tokenizer), None)
+    for prepared in (whole, whole.part([7, 2])):
+        pickled = pickle.dumps(prepared.examples)
+        assert len(pickled) < 1000
+        there = Prepared(pickle.loads(pickled), [])
+        assert contents(there) == contents(prepared)
+        assert there.digest == prepared.digest
 
 
 def test_a_second_start_reads_no_row_and_renders_none(data, folder, tokenizer, monkeypatch):
@@ -309,6 +320,16 @@ def test_a_format_that_cannot_be_compared_is_not_kept_and_says_so(data, folder, 
     for _ in range(2):
         with pytest.warns(UserWarning, match="isn't kept for the next run.*Opaque holds a function"):
             assert not made([Source(str(data), Opaque())], Renderer(tokenizer), folder).from_cache
+
+
+def test_a_broken_plugin_that_nobody_named_costs_nobody_the_cache(
+    tmp_path, folder, data, tokenizer, monkeypatch
+):
+    install(tmp_path / "site", "broken", {"lightning_sft.formats": {"Gone": "gone_mod:Gone"}}, {})
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    with pytest.warns(UserWarning, match="leaves out the format Gone"):
+        made([Source(str(data))], Renderer(tokenizer), folder)
+    assert made([Source(str(data))], Renderer(tokenizer), folder).from_cache
 
 
 # --------------------------------------------------------------------------------------------- what goes wrong
