@@ -112,7 +112,7 @@ def growth(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         print(
             f"{rows:>9,} rows  cold: peak {cold['peak_mb']:.0f} MB, {cold['above_start_mb']:.0f} above start, "
             f"{cold['seconds']:.1f} CPU-s, {cold['wall']:.1f} s;  second start: peak {warm['peak_mb']:.0f} MB, "
-            f"{warm['wall']:.2f} s",
+            f"{warm['seconds']:.2f} CPU-s, {warm['wall']:.2f} s",
             flush=True,
         )
     return report
