@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from lightning_sft.data.plan import BatchPlan
-    from lightning_sft.example import Example
     from lightning_sft.training.module import SFTModule
 
 Facts = dict[str, str | int | float | bool | None]
@@ -98,16 +96,6 @@ def refuse(different: list[str], *, fix: str) -> None:
             where="--ckpt_path",
             fix=fix,
         )
-
-
-def examples_digest(examples: Iterable[Example]) -> str:
-    """Of the token ids and weights of the examples, in their order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(len(example).to_bytes(8, "little"))
-        digest.update(example.input_ids.tobytes())
-        digest.update(example.weights.tobytes())
-    return _short(digest)
 
 
 def plan_digest(plan: BatchPlan) -> str:

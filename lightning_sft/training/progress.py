@@ -105,11 +105,10 @@ def summary(trainer: Trainer, module: SFTModule) -> str:
         f"{type(module.adapter).__name__}",
     ]
     for part, prepared in data.prepared.items():
-        tokens = sum(prepared.lengths)
-        trained_tokens = sum(int((example.weights > 0).sum()) for example in prepared.examples)
+        tokens = int(prepared.lengths.sum())
         lines.append(
             f"{part:8} {len(prepared.examples):,} examples, {tokens:,} tokens, "
-            f"{trained_tokens:,} of them trained"
+            f"{prepared.trained_tokens:,} of them trained{', from the cache' if prepared.from_cache else ''}"
         )
     accounts = {part: prepared.ledgers for part, prepared in data.prepared.items()}
     lines.append(ledger_table(accounts, Console().width))

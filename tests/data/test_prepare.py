@@ -110,7 +110,7 @@ def test_every_source_has_an_account_of_its_own(rows_file, renderer):
         *((first, row) for row in (1, 2, 3)),
         *((second, row) for row in (1, 2)),
     ]
-    assert prepared.weight_sums == [float(e.weights.sum()) for e in prepared.examples]
+    assert prepared.weight_sums.tolist() == [float(e.weights.sum()) for e in prepared.examples]
 
 
 def test_blank_lines_are_no_rows(tmp_path, renderer):
@@ -200,7 +200,7 @@ def test_nothing_left_is_refused_with_the_reason(short_and_long, renderer):
 def test_rows_that_make_no_conversation_leave_nothing_and_that_is_refused(rows_file, renderer):
     path = rows_file([{"times": 0, "long": 1}] * 3)
     prepared = prepare([Source(path, Repeated())], renderer, max_length=None, overlong="drop")
-    assert (prepared.ledgers[0].rows, prepared.examples) == (3, [])
+    assert (prepared.ledgers[0].rows, list(prepared.examples)) == (3, [])
     with pytest.raises(SFTError, match="nothing is left to train on"):
         check_losses(prepared.ledgers, 1.0)
 
