@@ -115,7 +115,7 @@ class Forward:
             inputs |= {"past_key_values": _repeated(beginning, len(rows)), "use_cache": True}
         if any(len(row.branches) > 1 for row in rows):
             mask, positions = _branching(rows, shared, longest)
-            smallest = torch.finfo(self.inner.dtype).min
+            smallest = max(torch.finfo(self.inner.dtype).min, torch.finfo(torch.bfloat16).min)
             bias = torch.zeros(mask.shape, dtype=self.inner.dtype).masked_fill(~mask, smallest)
             inputs |= {"attention_mask": bias.to(self.device), "position_ids": positions.to(self.device)}
         states = self.states(**inputs).flatten(0, 1)
@@ -153,9 +153,14 @@ class Forward:
         owners = [target.owner for row in rows for target in row.targets]
         for owner, expected in alone.items():
             mine = found[[number for number, other in enumerate(owners) if other == owner]]
-            if mine.shape != expected.shape or not apart(mine, expected) <= tolerance(expected):
+            allowed = tolerance(expected.to(self._computed_in(expected.dtype)))
+            if mine.shape != expected.shape or not apart(mine, expected) <= allowed:
                 return False
         return True
+
+    def _computed_in(self, dtype: torch.dtype) -> torch.dtype:
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
 
 
 def _repeated(beginning: Beginning, times: int) -> Cache:

@@ -13,8 +13,10 @@ from lightning_sft.evaluation.encoding import RequestEncoder, Scored
 from lightning_sft.evaluation.forward import Forward
 from lightning_sft.evaluation.generation import Writer
 from lightning_sft.evaluation.requests import (
+    Answered,
     Generate,
     Generated,
+    Item,
     Likelihood,
     LogLikelihood,
     Request,
@@ -76,6 +78,23 @@ class Scorer:
         """The response to each request, in their order; raises as `stream`."""
         found: dict[int, Response] = dict(self.stream(requests))
         return [found[number] for number in range(len(requests))]
+
+    def answer(self, items: Sequence[Item]) -> list[Answered]:
+        """The items with the responses to their requests, in their order; raises as `stream`."""
+        answered = dict(self.stream_items(items))
+        return [answered[number] for number in range(len(items))]
+
+    def stream_items(self, items: Sequence[Item]) -> Iterator[tuple[int, Answered]]:
+        """The index of each item with its responses, as they are complete; raises as `stream`."""
+        places = [(n, place) for n, item in enumerate(items) for place in range(len(item.requests))]
+        found: list[dict[int, Response]] = [{} for _ in items]
+        yield from ((n, Answered(item, ())) for n, item in enumerate(items) if not item.requests)
+        for index, response in self.stream([request for item in items for request in item.requests]):
+            number, place = places[index]
+            item, responses = items[number], found[number]
+            responses[place] = response
+            if len(responses) == len(item.requests):
+                yield number, Answered(item, tuple(responses[n] for n in range(len(item.requests))))
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Response]]:
         """The index of each request with the response to it, as they are ready.
