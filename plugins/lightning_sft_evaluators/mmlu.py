@@ -92,8 +92,8 @@ class MMLU(Evaluator):
 
     def requests(self) -> Sequence[Item]:
         """One item for each question, subject after subject."""
-        tests = self._chosen_subjects(self.files.read(self.split))
-        dev = self.dev_files.read(self.dev_split) if self.shots else {}
+        tests = self._chosen_subjects(self.files.read(self.split, self.subjects))
+        dev = self.dev_files.read(self.dev_split, tests) if self.shots else {}
         limits: list[int | None] = [self.limit] * len(tests)
         if self.total is not None:
             sizes = [min(len(questions), self.limit or len(questions)) for questions in tests.values()]

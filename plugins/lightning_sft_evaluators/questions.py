@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,28 +56,35 @@ class QuestionFiles:
     keep: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
 
-    def read(self, split: str) -> dict[str, list[Question]]:
+    def read(self, split: str, subjects: Collection[str] | None = None) -> dict[str, list[Question]]:
         """The split's questions by subject, in the order of their files and rows.
+
+        Args:
+            split: Which.
+            subjects: Only these; all by default.
 
         Raises:
             SFTError: There are none, or a row isn't a question; says which.
         """
         found: dict[str, list[Question]] = {}
-        for where, row, subject in self._rows(split):
+        for where, row, subject in self._rows(split, subjects):
             if all(str(row.get(column)) == value for column, value in self.keep.items()):
                 question = self._question(row, where, subject)
-                found.setdefault(question.subject, []).append(question)
+                if subjects is None or question.subject in subjects:
+                    found.setdefault(question.subject, []).append(question)
         return found
 
-    def _rows(self, split: str) -> Iterator[tuple[str, Row, str | None]]:
+    def _rows(self, split: str, subjects: Collection[str] | None) -> Iterator[tuple[str, Row, str | None]]:
         """(place, row, subject by the file's name) of each row."""
         path = Path(self.path).expanduser()
         if path.is_dir():
             files = list(_files_of(path, split))
             if not files:
                 raise self.missing(split, "<subject>")
-            for file in files:
-                subject = re.sub(rf"[_-]{split}$", "", file.stem)
+            named = {file: re.sub(rf"[_-]{split}$", "", file.stem) for file in files}
+            wanted = [file for file, subject in named.items() if subject in (subjects or ())]
+            for file in wanted or files:
+                subject = named[file]
                 rows = _csv_rows(file) if file.suffix == ".csv" else _other_rows(Source(str(file)))
                 yield from ((where, row, subject) for where, row in rows)
         elif path.suffix == ".csv" and path.is_file():
