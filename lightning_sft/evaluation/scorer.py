@@ -50,7 +50,8 @@ class Scorer:
         tokenizer: Its tokenizer.
         renderer: Renders prompts that are messages; by default with the tokenizer's own chat template.
         context_length: How many tokens the model takes at once; by default what its configuration says.
-        batch_tokens: Padded tokens of a batch.
+        batch_tokens: Padded tokens of a batch; by default 512 on a CPU, which its caches like, else 16,384.
+            Answers are written in batches eight times as large.
     """
 
     def __init__(
@@ -60,17 +61,18 @@ class Scorer:
         renderer: Renderer | None = None,
         *,
         context_length: int | None = None,
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.batch_tokens = batch_tokens
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        self.batch_tokens = batch_tokens or (512 if on_cpu else 16_384)
         if context_length is None:
             context_length = context_length_of(model.config, tokenizer) or _UNKNOWN_CONTEXT
         self.encoder = RequestEncoder(tokenizer, context_length, renderer)
 
     @classmethod
-    def of(cls, module: SFTModule, *, batch_tokens: int = 4096) -> Self:
+    def of(cls, module: SFTModule, *, batch_tokens: int | None = None) -> Self:
         """The Scorer of a module's model, with its tokenizer and chat template."""
         return cls(module.loaded, module.tokenizer, module.renderer, batch_tokens=batch_tokens)
 
@@ -208,7 +210,7 @@ class Scorer:
                 groups = groups_of(alike, None if longest is None else max(0, longest - new))
             for group in groups:
                 beginning = None
-                for batch in batches_of(group, self.batch_tokens, new):
+                for batch in batches_of(group, 8 * self.batch_tokens, new):
                     with self._asking():
                         if group.shared and beginning is None:
                             beginning = forward.beginning(batch[0].ids[: group.shared])

@@ -33,7 +33,7 @@ class SFTTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
         baseline: bool = False,
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
         output: str | None = None,
     ) -> list[Found]:
         """Ask a model what the evaluators ask, and write `results.json` and a file of records for each.
@@ -48,7 +48,7 @@ class SFTTrainer(Trainer):
             ckpt_path: A checkpoint of a run; `last` is that of the run in trainer.default_root_dir.
             weights_only: As Lightning's.
             baseline: Ask the base, too, and show what changed.
-            batch_tokens: Padded tokens of a batch.
+            batch_tokens: Padded tokens of a batch; by default 512 on a CPU, else 16,384.
             output: Where the results go; by default the run's folder, trainer.default_root_dir, or one in `runs/`.
 
         Raises:
@@ -68,7 +68,7 @@ class SFTTrainer(Trainer):
                 where="--baseline",
                 fix="give a run or model folder with --source, or a checkpoint with --ckpt_path",
             )
-        if batch_tokens < 1:
+        if batch_tokens is not None and batch_tokens < 1:
             raise SFTError(f"it is {batch_tokens}", where="--batch_tokens", fix="give 1 or more")
         names = _names(self.evaluators)
         configs = self.evaluator_configs or [{} for _ in names]
