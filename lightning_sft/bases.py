@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from lightning_sft.evaluation.requests import Answered, Item
+    from lightning_sft.evaluation.results import Results
+
 
 class DataFormat(ABC):
     """Turns one row of a data file into conversations."""
@@ -129,3 +132,23 @@ class Loss(ABC):
         A subclass that has a `per_token` of its own is asked only if it has this of its own, too.
         """
         return None
+
+
+class Evaluator(ABC):
+    """Asks a model for something, and judges what it answers.
+
+    It knows no model and no tokenizer: prompts are text, or messages that the model's chat template renders. Its
+    constructor is cheap; data is read in `requests`.
+    """
+
+    @abstractmethod
+    def requests(self) -> Sequence[Item]:
+        """The items with what the model is asked for each. Pure: the same ones every time, in the same order.
+
+        Raises:
+            SFTError: Its data is missing or malformed; says where.
+        """
+
+    @abstractmethod
+    def score(self, answered: Sequence[Answered]) -> Results:
+        """Records and scores of all items, answered, in the order of `requests`. Pure, and cheap."""

@@ -86,9 +86,11 @@ def renderer_facts(renderer: Renderer) -> dict[str, object]:
     """What a renderer's examples depend on.
 
     Raises:
-        NotCached: The tokenizer's class has no source.
+        NotCached: The tokenizer's class has no source, or is slow.
     """
     tokenizer = renderer.tokenizer
+    if not tokenizer.is_fast:
+        raise NotCached(f"{type(tokenizer).__name__} is no fast tokenizer, whose settings could be compared")
     # What stands before the added tokens is how the last call padded and truncated; it is set anew by the next one.
     serialised = memoryview(text := tokenizer.backend_tokenizer.to_str().encode())
     own = type(tokenizer).__module__.partition(".")[0] == "transformers"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -109,15 +110,23 @@ def plan_digest(plan: BatchPlan) -> str:
 
 def frozen_digest(module: nn.Module) -> str | None:
     """Of a sample of each parameter that isn't trained: those aren't in the checkpoint. None if all are trained."""
-    digest, any_frozen = hashlib.sha256(), False
-    for name, parameter in sorted(module.named_parameters()):
-        if not parameter.requires_grad:
-            any_frozen = True
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(1, len(flat) // _SAMPLE)].cpu().double().numpy()
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(sample.tobytes())
-    return _short(digest) if any_frozen else None
+    frozen = {name: each for name, each in module.named_parameters() if not each.requires_grad}
+    return _digest(frozen) if frozen else None
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Of a sample of each parameter."""
+    return _digest(dict(module.named_parameters()))
+
+
+def _digest(parameters: Mapping[str, nn.Parameter]) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in sorted(parameters.items()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, len(flat) // _SAMPLE)].cpu().double().numpy()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(sample.tobytes())
+    return _short(digest)
 
 
 def _options(key: str, plugin: object) -> Facts:

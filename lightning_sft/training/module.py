@@ -30,6 +30,8 @@ from lightning_sft.training.throughput import Throughput, is_logged, log_step, p
 from lightning_sft.training.without_weights import WithoutWeights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
     from transformers import PreTrainedModel
 
@@ -169,7 +171,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
             return
         model = load_model(
             self.base,
-            dtype=self._weights_dtype(),
+            dtype=self.weights_dtype(),
             revision=self.revision,
             quantization=self.adapter.quantization(),
             trust_remote_code=self.trust_remote_code,
@@ -199,7 +201,8 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         kwargs.pop("dtype", None)
         return super().to(*args, **kwargs)
 
-    def _weights_dtype(self) -> torch.dtype:
+    def weights_dtype(self) -> torch.dtype:
+        """The type of the loaded weights: `dtype`, or what the trainer's precision implies."""
         if self.load_dtype is not None:
             chosen: torch.dtype = getattr(torch, self.load_dtype)
             return chosen
@@ -293,6 +296,10 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to `test/loss` and `test/perplexity`."""
         self._evaluate("test", batch)
+
+    def predict_step(self, batch: Callable[[SFTModule], object], batch_idx: int) -> object:
+        """Evaluate: `lightning-sft evaluate` is a prediction whose only batch is what to do with the module."""
+        return batch(self)
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         total, weight = self.weighted_loss(batch, NLL), batch.weights.sum()
