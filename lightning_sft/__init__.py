@@ -19,6 +19,7 @@ _HOME = {
     "Loss": "lightning_sft.bases",
     "Message": "lightning_sft.conversation",
     "Meta": "lightning_sft.conversation",
+    "RateGroup": "lightning_sft.bases",
     "RenderPolicies": "lightning_sft.rendering",
     "Renderer": "lightning_sft.rendering",
     "Row": "lightning_sft.conversation",
@@ -34,7 +35,7 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
-    from lightning_sft.bases import Adapter, DataFormat, Loss, TokenBatch
+    from lightning_sft.bases import Adapter, DataFormat, Loss, RateGroup, TokenBatch
     from lightning_sft.conversation import Conversation, Message, Meta, Row, Segments, ToolCall
     from lightning_sft.data.datamodule import SFTDataModule
     from lightning_sft.data.plan import BatchPlan
@@ -54,6 +55,7 @@ __all__ = [
     "Loss",
     "Message",
     "Meta",
+    "RateGroup",
     "RenderPolicies",
     "Renderer",
     "Row",

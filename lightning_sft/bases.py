@@ -66,6 +66,21 @@ class DataFormat(ABC):
         raise SFTError(f"rows can't be written in the format {type(self).__name__}, only read")
 
 
+@dataclass(frozen=True, slots=True)
+class RateGroup:
+    """Parameters that are trained at the same rate, from the same step on.
+
+    Args:
+        name: What the log calls it.
+        scale: Factor of `model.learning_rate`.
+        start: The optimizer step, from 0, from which they are trained.
+    """
+
+    name: str = "all"
+    scale: float = 1.0
+    start: int = 0
+
+
 class Adapter(ABC):
     """Decides which of the model's parameters are trained, and how they are exported."""
 
@@ -79,6 +94,10 @@ class Adapter(ABC):
     @abstractmethod
     def export(self, model: PreTrainedModel, folder: Path) -> None:
         """Write what was trained to `folder`, as safetensors that transformers or peft load."""
+
+    def rate_group(self, name: str) -> RateGroup:
+        """The group of a trained parameter, by its name in the prepared model: by default one for all."""
+        return RateGroup()
 
     def quantization(self) -> object | None:
         """The transformers quantisation config to load the base with, or None."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_sft.errors import SFTError
+from lightning_sft.training import optimizers
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -61,6 +62,7 @@ def to_come(module: SFTModule, trainer: Trainer) -> Facts:
         "model.learning_rate": module.learning_rate,
         "model.weight_decay": module.weight_decay,
         "model.betas": str(tuple(module.betas)),
+        "model.optimizer": optimizers.facts(module.optimizer),
         "model.schedule": module.schedule,
         "model.warmup": module.warmup,
         "model.final_learning_rate": module.final_learning_rate,

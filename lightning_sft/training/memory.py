@@ -79,7 +79,7 @@ def estimate(module: SFTModule, batch: Batch | None) -> dict[str, float]:
     Per token a layer keeps about 8 H + 4 I values, with H the hidden and I the feed-forward size: inputs of the
     norms, queries, keys, values, attention, and of a gated feed-forward network. For I = 8/3 H at 16 bits that is
     37 H bytes, and Korthikanti et al. (2022) count 34 H without the attention matrix. Recomputing keeps H
-    values a layer and the whole of one layer. AdamW has two averages of each parameter that is trained.
+    values a layer and the whole of one layer. AdamW keeps two averages of each parameter that is trained.
     """
     parameters = [(p.numel(), p.element_size(), p.requires_grad) for p in module.loaded.parameters()]
     config = module.base_config.get_text_config()

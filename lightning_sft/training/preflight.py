@@ -1,7 +1,7 @@
 """Preflight: what could go wrong only after hours is tried before the first step, on this model and these rows.
 
 - Flattened rows compute what separate rows compute; else rows are padded (`find_layout`).
-- The heaviest micro-batch of the run fits into memory, forward and backward, with room for AdamW's averages.
+- The heaviest micro-batch of the run fits into memory, forward and backward, with room for the optimizer's state.
 - Its loss is a number, and a finite gradient reaches every parameter that is trained.
 - A checkpoint that is written and read gives the same loss.
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lightning_sft import plugins
 from lightning_sft.errors import SFTError
-from lightning_sft.training import memory
+from lightning_sft.training import memory, optimizers
 from lightning_sft.training.head import NLL
 from lightning_sft.training.layout import evaluating
 from lightning_sft.training.models import load_checkpoint
@@ -149,7 +149,10 @@ def _check_gradients(
     """
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     with memory.explained(module):
-        room = [torch.empty_like(p) for p in trained.values() for _ in range(2)]  # AdamW's averages
+        each = optimizers.state_bytes(module)  # AdamW's averages, or what another optimizer keeps
+        room = [
+            torch.empty(int(each * p.numel()), dtype=torch.uint8, device=p.device) for p in trained.values()
+        ]
         loss, gradients = _gradients(module, batch, trained)
         del room
     found = _judge(gradients)
