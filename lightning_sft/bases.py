@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from lightning_sft.conversation import Conversation, Meta, Row, Segments
 from lightning_sft.errors import SFTError
@@ -84,7 +84,7 @@ class RateGroup:
 class Adapter(ABC):
     """Decides which of the model's parameters are trained, and how they are exported."""
 
-    default_learning_rate: ClassVar[float] = 1e-5
+    default_learning_rate: float = 1e-5
     """The peak learning rate where the configuration gives none."""
 
     @abstractmethod

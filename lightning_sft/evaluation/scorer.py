@@ -37,7 +37,9 @@ class Scorer:
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
                 batch = layout.collate([examples[i] for i in chosen], 1.0).to(self.module.device)
-                hidden = hidden_states(self.module.loaded, batch, own_logits=layout.own_logits)
+                hidden = hidden_states(
+                    self.module.loaded, batch, own_logits=layout.own_logits, whole=layout.whole
+                )
                 counts = torch.tensor([int((examples[i].weights[1:] > 0).sum()) for i in chosen])
                 owner = torch.arange(len(chosen)).repeat_interleave(counts).to(hidden.device)
                 nll = torch.cat(
@@ -60,6 +62,7 @@ class Scorer:
             max_new_tokens: Most tokens of an answer.
         """
         tokenizer, model = self.module.tokenizer, self.module.loaded
+        answering = model if self.module.layout.whole else causal_lm(model)
         pad, stops = int(tokenizer.pad_token_id), list(self.module.renderer.stop_token_ids)
         encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
         answers = [""] * len(prompts)
@@ -75,7 +78,7 @@ class Scorer:
                 mask = torch.tensor(
                     [[0] * (longest - len(encoded[i])) + [1] * len(encoded[i]) for i in chosen]
                 )
-                out = causal_lm(model).generate(
+                out = answering.generate(
                     input_ids=ids.to(self.module.device),
                     attention_mask=mask.to(self.module.device),
                     max_new_tokens=max_new_tokens,

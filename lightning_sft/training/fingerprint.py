@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -136,8 +137,11 @@ def frozen_digest(module: nn.Module) -> str | None:
 def _options(key: str, plugin: object) -> Facts:
     """The plug-in's class, and its options where it keeps them under their names."""
     facts: Facts = {key: f"{type(plugin).__module__}.{type(plugin).__qualname__}"}
-    for name in inspect.signature(type(plugin)).parameters:
+    made_by = [kind for kind in type(plugin).__mro__ if "__init__" in vars(kind) and kind is not object]
+    for name in {name: None for kind in made_by for name in inspect.signature(kind).parameters}:
         value = getattr(plugin, name, None)
+        if is_dataclass(value) and not isinstance(value, type):
+            value = {field.name: getattr(value, field.name) for field in fields(value)}
         if isinstance(value, str | int | float | bool | None):
             facts[f"{key}.{name}"] = value
         elif isinstance(value, list | tuple | dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import zipfile
@@ -94,13 +95,18 @@ def load_model(
 
 
 def load_trained(
-    folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    whole_base: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """What a run exported, or any model folder: an adapter on its base, or a whole model; in eval mode.
 
     Args:
         folder: A folder with `adapter_config.json` (peft) or `config.json` (transformers).
         dtype: Type of the loaded weights; None: as they are stored.
+        whole_base: Quantise the base as in training, and then make ordinary weights of what is left of it.
         trust_remote_code: Run model code that comes with the model.
 
     Raises:
@@ -108,8 +114,6 @@ def load_trained(
     """
     if not is_adapter(folder):
         return load_model(str(folder), dtype=dtype, trust_remote_code=trust_remote_code, key="source").eval()
-    from peft import PeftModel
-
     if not any(folder.glob("adapter_model.*")):
         raise SFTError(
             "the adapter has no weights (no adapter_model.safetensors)",
@@ -118,10 +122,51 @@ def load_trained(
         )
     base, revision = base_of(folder)
     model = load_model(
-        base, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, key=f"the base of {folder}"
+        base,
+        dtype=dtype,
+        revision=revision,
+        quantization=quantization_of(folder),
+        trust_remote_code=trust_remote_code,
+        key=f"the base of {folder}",
     )
+    return put_on(model.dequantize() if whole_base and model.is_quantized else model, folder)
+
+
+def put_on(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with a saved adapter, and those in the folders below it, at work; in eval mode.
+
+    Raises:
+        SFTError: One can't be loaded.
+    """
+    from peft import PeftModel
+
     with _loading("adapter", str(folder), "source"):
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        if beside := [place for place in sorted(folder.iterdir()) if is_adapter(place)]:
+            for place in beside:
+                adapted.load_adapter(str(place), adapter_name=place.name)
+            adapted.base_model.set_adapter([adapted.active_adapter, *(place.name for place in beside)])
+        return adapted.eval()
+
+
+def save_quantization(quantization: Any, folder: Path) -> None:
+    """Note beside an adapter how the base was quantised under it: it belongs to what was trained."""
+    (folder / _QUANTIZATION).write_text(json.dumps(quantization.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def quantization_of(folder: Path) -> object | None:
+    """How the base of an adapter was quantised when it was trained, or None.
+
+    Raises:
+        SFTError: It can't be read, or what it needs isn't installed.
+    """
+    path = folder / _QUANTIZATION
+    if not path.is_file():
+        return None
+    from transformers.quantizers import AutoQuantizationConfig
+
+    with _loading("quantisation", str(folder), "source"):
+        return AutoQuantizationConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
@@ -171,6 +216,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
+_QUANTIZATION = "quantization_config.json"
 ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
 
 
@@ -233,7 +279,8 @@ def _loading(what: str, name: str, key: str) -> Iterator[None]:
             fix = "use a smaller or quantized model, or free the device"
             raise SFTError(f"the {what} can't be loaded: {first_line}", where=where, fix=fix) from error
         if local:
-            raise SFTError(f"the {what} can't be loaded: {first_line}", where=where, fix=_DAMAGED) from error
+            fix = "install it" if isinstance(error, ImportError) else _DAMAGED
+            raise SFTError(f"the {what} can't be loaded: {first_line}", where=where, fix=fix) from error
         if any(isinstance(link, GatedRepoError) for link in chain):
             problem, fix = (
                 "the repository is gated",

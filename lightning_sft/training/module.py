@@ -25,7 +25,14 @@ from lightning_sft.training.head import NLL, weighted_loss
 from lightning_sft.training.layout import Layout, causal_lm, find_layout, hidden_states, stock_attention
 from lightning_sft.training.memory import checkpoint_layers, explained
 from lightning_sft.training.metrics import TokenLoss, TokenPerplexity
-from lightning_sft.training.models import absolute, context_length, load_config, load_model, load_tokenizer
+from lightning_sft.training.models import (
+    absolute,
+    context_length,
+    load_config,
+    load_model,
+    load_tokenizer,
+    save_quantization,
+)
 from lightning_sft.training.preflight import check_trainer, preflight
 from lightning_sft.training.resuming import Resumable
 from lightning_sft.training.router_loss import RouterLoss, router_loss
@@ -248,6 +255,8 @@ class SFTModule(GuardedModule, Resumable):
         self.tokenizer.chat_template = self.renderer.chat_template
         with stock_attention(self.loaded):
             self.adapter.export(self.loaded, folder)
+        if (quantization := self.adapter.quantization()) is not None:
+            save_quantization(quantization, folder)
         generation.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -270,8 +279,11 @@ class SFTModule(GuardedModule, Resumable):
         router = self.router if torch.is_grad_enabled() else None
         self.watch.batch = batch
         with explained(self):
-            hidden = hidden_states(self.loaded, batch, own_logits=self.layout.own_logits, router=router)
-            return weighted_loss(hidden, batch.targets, batch.weights, self.layout.head, loss)
+            layout = self.layout
+            hidden = hidden_states(
+                self.loaded, batch, own_logits=layout.own_logits, whole=layout.whole, router=router
+            )
+            return weighted_loss(hidden, batch.targets, batch.weights, layout.head, loss)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The micro-batch's share of the step's loss, scaled so that gradients add up to d(Σ w·loss / N).

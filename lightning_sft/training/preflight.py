@@ -31,7 +31,7 @@ from lightning_sft import plugins
 from lightning_sft.errors import SFTError
 from lightning_sft.training import memory, optimizers
 from lightning_sft.training.head import NLL
-from lightning_sft.training.layout import evaluating
+from lightning_sft.training.layout import evaluating, zeros_moved
 from lightning_sft.training.models import load_checkpoint
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _check_gradients(
     unreached = [name for name in trained if name not in found]
     still = [name for name, (_, moves) in found.items() if not moves]
     if still:
-        with _zeros_moved(trained):
+        with zeros_moved(trained.values()):
             second = _judge(_gradients(module, small, {name: trained[name] for name in still})[1])
         still = [name for name in still if not second.get(name, (True, False))[1]]
     if len(unreached) + len(still) == len(trained):
@@ -237,21 +237,6 @@ def _refuse_unreached(module: SFTModule, unreached: list[str]) -> None:
             where=f"model.adapter: {plugins.describe(module.adapter)}",
             fix=f"choose other layers with its options (LoRA: target_modules); {_OFF}",
         )
-
-
-@contextmanager
-def _zeros_moved(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Parameters that are zero throughout get small random values in here."""
-    zeros = [p for p in parameters.values() if not p.detach().any()]
-    before = [p.detach().clone() for p in zeros]  # zeros may have a sign
-    generator = torch.Generator().manual_seed(0)
-    try:
-        for p in zeros:
-            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
-        yield
-    finally:
-        for p, kept in zip(zeros, before, strict=True):
-            p.data.copy_(kept)
 
 
 @contextmanager
