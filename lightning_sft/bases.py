@@ -6,11 +6,11 @@ A plug-in's typed `__init__` parameters with their docstrings are its options in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_sft.conversation import Conversation, Meta, Row, Segments
 from lightning_sft.errors import SFTError
@@ -87,6 +87,9 @@ class Adapter(ABC):
     default_learning_rate: float = 1e-5
     """The peak learning rate where the configuration gives none."""
 
+    looks_at_rows: bool = False
+    """Whether `initialize` is to be called at the start of a run."""
+
     @abstractmethod
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model to train: parameters to train have `requires_grad`, all others do not."""
@@ -102,6 +105,21 @@ class Adapter(ABC):
     def quantization(self) -> object | None:
         """The transformers quantisation config to load the base with, or None."""
         return None
+
+    def initialize(
+        self, model: PreTrainedModel, batches: Iterable[Any], forward: Callable[[Any], None]
+    ) -> None:
+        """Set what begins with the training rows; called with `looks_at_rows`, if no checkpoint is gone on from.
+
+        Only values may change, no shapes, and on all ranks alike.
+
+        Args:
+            model: The prepared model, on its device, in evaluation mode.
+            batches: The rank's first micro-batches, as often as wanted. Their `attention_mask` is None where rows are
+                flattened.
+            forward: Computes a batch, for hooks in the model to see.
+        """
+        raise NotImplementedError
 
     @contextmanager
     def base_model(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:

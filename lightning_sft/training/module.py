@@ -22,6 +22,7 @@ from lightning_sft.training import schedule as schedules
 from lightning_sft.training.compiling import compile_blocks
 from lightning_sft.training.guard import GuardedModule, OnBadLoss, Watch, refuse_bad_weights
 from lightning_sft.training.head import NLL, weighted_loss
+from lightning_sft.training.initial import initialize
 from lightning_sft.training.layout import Layout, causal_lm, find_layout, hidden_states, stock_attention
 from lightning_sft.training.memory import checkpoint_layers, explained
 from lightning_sft.training.metrics import TokenLoss, TokenPerplexity
@@ -270,6 +271,8 @@ class SFTModule(GuardedModule, Resumable):
         """
         super().on_fit_start()
         check_trainer(self.trainer)
+        if self.trainer.ckpt_path is None:
+            initialize(self)
         if self.preflight:
             preflight(self)
         self.throughput.meter(self.loaded, peak_flops(self.device))

@@ -24,6 +24,7 @@ _REFUSED = {
     "POLY": "it needs task ids, which rows don't have",
     "ADALORA": "its ranks change with the step, which checkpoints don't hold",
     "MULTITASK_PROMPT_TUNING": "it needs task ids, which rows don't have",
+    "LILY": "its router takes the mean over all tokens of a batch, so rows depend on each other",
     "CPT": "its loss is its own",
 }
 _NEEDS_DATA = ("eva", "corda", "loftq", "lora_ga")
@@ -83,6 +84,20 @@ class Peft(PeftAdapter):
         chosen.task_type = "CAUSAL_LM"
         chosen.inference_mode = False
         return chosen
+
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model with the adapter in it.
+
+        What is drawn for it depends on the run's seed alone: parts that aren't trained are in no checkpoint.
+
+        Raises:
+            SFTError: The options don't fit each other or the model.
+        """
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed())
+            return super().prepare(model)
 
     def _loaded(self) -> PeftConfig:
         from peft import PeftConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -95,22 +95,25 @@ class LoRA(PeftAdapter):
         self.loraplus_ratio = loraplus_ratio
         self.init_from = init_from
         self.beside = beside
+        self.looks_at_rows = init == "eva"
         self._initial: dict[str, Tensor] = {}
         self._fast: set[str] = set()
         self._check()
 
     def config(self, model: PreTrainedModel) -> PeftConfig:
         """The configuration that peft makes of these options."""
-        from peft import LoraConfig
+        from peft import EvaConfig, LoraConfig
 
         targets = self.target_modules
         if self.layers is not None and targets == "all-linear":
             targets = _linear_layers(model)  # peft takes `layers` with a list of names only
-        optional = {
+        optional: dict[str, Any] = {
             "target_parameters": self.target_parameters,
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern,
         }
+        if self.init == "eva":
+            optional["eva_config"] = EvaConfig(rho=1.0)  # the rank stays, so that checkpoints fit
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.r,
@@ -156,6 +159,29 @@ class LoRA(PeftAdapter):
         # as peft's create_loraplus_optimizer has it
         self._fast = {name for name, p in trained.items() if "lora_B" in name or p.ndim == 1}
         return adapted
+
+    def initialize(
+        self, model: PreTrainedModel, batches: Iterable[Any], forward: Callable[[Any], None]
+    ) -> None:
+        """Take A from the activations (EVA): their first right singular vectors. All ranks see those of all."""
+        from peft import initialize_lora_eva_weights
+
+        def mask(batch: Any, config: object) -> Tensor | None:
+            return None if batch.attention_mask is None else batch.attention_mask.bool()
+
+        def seen(given: Any, mask: Tensor | None, name: str) -> Tensor:
+            states: Tensor = given[0] if isinstance(given, tuple) else given
+            return states.flatten(0, -2) if mask is None else states[mask]
+
+        with self.refusing():
+            initialize_lora_eva_weights(
+                model,
+                dataloader=batches,
+                forward_fn=lambda _, batch: forward(batch),
+                prepare_model_inputs_fn=mask,
+                prepare_layer_inputs_fn=seen,
+                show_progress_bar=False,
+            )
 
     def rate_group(self, name: str) -> RateGroup:
         """B by itself, where it has a rate of its own."""
