@@ -91,6 +91,11 @@ def load_model(
             quantization_config=quantization,
             trust_remote_code=trust_remote_code,
         )
+    for module in model.modules():
+        # In evaluation bitsandbytes would repack 4-bit weights for such CPUs, round their scales, and train on with
+        # these: one validation, and the base is another.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.train()
 
 

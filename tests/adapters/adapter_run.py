@@ -39,8 +39,12 @@ def train(base: Path, rows: Path, adapter: Adapter, *, steps: int = 2, **options
 
 
 def plain(folder: Path, **options):
-    """The base as transformers loads it."""
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    """The base as transformers loads it, computing as in training where it is quantised."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def logits(model, ids: torch.Tensor = IDS) -> torch.Tensor:

@@ -77,13 +77,19 @@ BESIDE = LORAS | MOVED | QUANTISED | VIRTUAL | OTHERS
 
 
 @pytest.fixture(scope="module")
-def runs(model_folder, tmp_path_factory):
+def base(model_folder):
+    """A function from an adapter's name to the folder of its base: 4 bits take blocks of 64 weights."""
+    return lambda name: model_folder("wide" if name in QUANTISED else "llama")
+
+
+@pytest.fixture(scope="module")
+def runs(base, tmp_path_factory):
     """A function from an adapter's name to its run of two steps and what that exported; made once."""
     rows, made = write_rows(tmp_path_factory.mktemp("data")), {}
 
     def run(name: str):
         if name not in made:
-            module, trainer = train(model_folder("llama"), rows, (BESIDE | WEIGHTS)[name]())
+            module, trainer = train(base(name), rows, (BESIDE | WEIGHTS)[name]())
             folder = tmp_path_factory.mktemp("exported") / "model"
             module.export(folder)
             made[name] = module, trainer, folder
@@ -92,18 +98,22 @@ def runs(model_folder, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", BESIDE)
-def test_what_is_exported_gives_the_same_logits_in_peft(name, runs, model_folder) -> None:
-    module, _, folder = runs(name)
+def quantised(folder) -> dict[str, object]:
+    """The options to load the base with, as it was in training."""
     quantization = quantization_of(folder)
-    options = {} if quantization is None else {"quantization_config": quantization}
-    base = model_folder("llama")
-    loaded = peft.PeftModel.from_pretrained(plain(base, **options), folder).eval()
+    return {} if quantization is None else {"quantization_config": quantization}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_is_exported_gives_the_same_logits_in_peft(name, runs, base) -> None:
+    module, _, folder = runs(name)
+    untrained = partial(plain, base(name), **quantised(folder))
+    loaded = peft.PeftModel.from_pretrained(untrained(), folder).eval()
     with stock_attention(module.loaded):
         ours = logits(module.loaded)
     assert apart(logits(loaded), ours) <= (2e-5 if name in MOVED else 1e-6)
     assert apart(logits(load_trained(folder, dtype=torch.float32)), ours) <= (2e-5 if name in MOVED else 1e-6)
-    assert apart(ours, logits(plain(base, **options))) > 1e-4
+    assert apart(ours, logits(untrained())) > 1e-4
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -131,26 +141,33 @@ def test_the_optimizer_keeps_state_of_what_is_trained_and_of_nothing_else(name, 
 
 
 @pytest.mark.parametrize("name", BESIDE)
-def test_the_base_is_what_it_was(name, runs, model_folder) -> None:
+def test_the_base_is_what_it_was(name, runs, base) -> None:
     module, _, folder = runs(name)
-    quantization = quantization_of(folder)
-    options = {} if quantization is None else {"quantization_config": quantization}
-    base = plain(model_folder("llama"), **options)
+    untrained = plain(base(name), **quantised(folder))
     with module.adapter.base_model(module.loaded) as switched_off, stock_attention(switched_off):
-        assert apart(logits(switched_off), logits(base)) <= (2e-5 if name in MOVED else 1e-6)
+        assert apart(logits(switched_off), logits(untrained)) <= (2e-5 if name in MOVED else 1e-6)
     if name in MOVED or name == "osf":
         return  # these take a part out of the base's weights
-    now = {key.replace(".base_layer.", "."): p for key, p in causal_lm(module.loaded).named_parameters()}
-    same = {key for key, p in base.named_parameters() if key in now and raw(p) == raw(now[key])}
-    gone = {key for key, _ in base.named_parameters() if key not in now}  # peft has put another layer there
-    assert same | gone == {key for key, _ in base.named_parameters()}
-    assert len(gone) <= 4
+    now = {
+        key.replace(".base_layer.", ".").replace(".self_attn.model.", ".self_attn."): p
+        for key, p in causal_lm(module.loaded).named_parameters()
+    }
+    same = {key for key, p in untrained.named_parameters() if key in now and raw(p) == raw(now[key])}
+    gone = {
+        key for key, _ in untrained.named_parameters() if key not in now
+    }  # peft has put another layer there
+    assert same | gone == {key for key, _ in untrained.named_parameters()}
+    assert len(gone) <= 2, gone
 
 
 @pytest.mark.parametrize("name", BESIDE)
 def test_virtual_tokens_need_padded_rows_and_the_models_own_head(name, runs) -> None:
     layout = runs(name)[0].layout
-    assert layout.whole == (layout.padded_because is not None) == (name in VIRTUAL)
+    assert layout.whole == (name in VIRTUAL)
+    if name == "int8":  # which columns of a batch are outliers, and so not in 8 bits, depends on all its rows
+        assert "a change in one segment moves another" in layout.padded_because
+    else:
+        assert (layout.padded_because is not None) == (name in VIRTUAL)
 
 
 @pytest.mark.parametrize("name", VIRTUAL)
