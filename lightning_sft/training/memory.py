@@ -32,6 +32,13 @@ def checkpoint_layers(model: nn.Module) -> None:
         SFTError: The model can't.
     """
     inner = causal_lm(model)
+    kinds = {config.peft_type.value for config in getattr(model, "peft_config", {}).values()}
+    if kinds & {"PREFIX_TUNING", "CARTRIDGE"}:
+        raise SFTError(
+            "a layer whose activations are recomputed forgets the keys and values that this adapter trains",
+            where="model.gradient_checkpointing",
+            fix="leave it out, or use another adapter",
+        )
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False})

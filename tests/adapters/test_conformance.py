@@ -21,6 +21,13 @@ from lightning_sft_adapters.qlora import QLoRA
 TARGETS = ["q_proj", "up_proj"]
 
 
+def each(names):
+    """Parameters of a test; the adapters that are much like others run with the slow ones."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+    )
+
+
 def of(kind: str, **options: object):
     return lambda: Peft(getattr(peft, kind)(**options))
 
@@ -73,6 +80,10 @@ WEIGHTS = {
     "freeze": partial(Freeze, layers=1),
     "unfreezing": partial(Freeze, layers=2, unfreeze_every=1),
 }
+SLOW = {
+    "rslora", "patterns", "excluded", "gaussian", "orthogonal", "pissa", "fp4", "nf4 dora", "p-tuning", "boft", "loha",
+    "lokr", "hra", "fourier", "shira", "layer decay",
+}  # fmt: skip
 BESIDE = LORAS | MOVED | QUANTISED | VIRTUAL | OTHERS
 
 
@@ -104,7 +115,7 @@ def quantised(folder) -> dict[str, object]:
     return {} if quantization is None else {"quantization_config": quantization}
 
 
-@pytest.mark.parametrize("name", BESIDE)
+@each(BESIDE)
 def test_what_is_exported_gives_the_same_logits_in_peft(name, runs, base) -> None:
     module, _, folder = runs(name)
     untrained = partial(plain, base(name), **quantised(folder))
@@ -116,7 +127,7 @@ def test_what_is_exported_gives_the_same_logits_in_peft(name, runs, base) -> Non
     assert apart(ours, logits(untrained())) > 1e-4
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@each(WEIGHTS)
 def test_what_is_exported_gives_the_same_logits_in_transformers(name, runs, model_folder) -> None:
     module, _, folder = runs(name)
     with stock_attention(module.loaded):
@@ -125,14 +136,14 @@ def test_what_is_exported_gives_the_same_logits_in_transformers(name, runs, mode
     assert apart(ours, logits(plain(model_folder("llama")))) > 1e-4
 
 
-@pytest.mark.parametrize("name", BESIDE)
+@each(BESIDE)
 def test_as_many_parameters_are_trained_as_peft_counts(name, runs) -> None:
     module, *_ = runs(name)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert trained == module.loaded.get_nb_trainable_parameters()[0] > 0
 
 
-@pytest.mark.parametrize("name", BESIDE | WEIGHTS)
+@each(BESIDE | WEIGHTS)
 def test_the_optimizer_keeps_state_of_what_is_trained_and_of_nothing_else(name, runs) -> None:
     module, trainer, _ = runs(name)
     trained = {id(p) for p in module.parameters() if p.requires_grad}
@@ -140,7 +151,7 @@ def test_the_optimizer_keeps_state_of_what_is_trained_and_of_nothing_else(name, 
     assert {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]} == trained
 
 
-@pytest.mark.parametrize("name", BESIDE)
+@each(BESIDE)
 def test_the_base_is_what_it_was(name, runs, base) -> None:
     module, _, folder = runs(name)
     untrained = plain(base(name), **quantised(folder))
@@ -160,7 +171,7 @@ def test_the_base_is_what_it_was(name, runs, base) -> None:
     assert len(gone) <= 2, gone
 
 
-@pytest.mark.parametrize("name", BESIDE)
+@each(BESIDE)
 def test_virtual_tokens_need_padded_rows_and_the_models_own_head(name, runs) -> None:
     layout = runs(name)[0].layout
     assert layout.whole == (name in VIRTUAL)
@@ -170,7 +181,7 @@ def test_virtual_tokens_need_padded_rows_and_the_models_own_head(name, runs) -> 
         assert (layout.padded_because is not None) == (name in VIRTUAL)
 
 
-@pytest.mark.parametrize("name", VIRTUAL)
+@each(VIRTUAL)
 def test_padding_changes_nothing_with_virtual_tokens(name, runs) -> None:
     """The loss of two rows in one batch is that of each alone, which peft's own labels give."""
     from lightning_sft.conversation import Meta
