@@ -52,7 +52,13 @@ def merge(
     import torch
     from transformers import GenerationConfig
 
-    from lightning_sft.training.models import base_of, load_config, load_tokenizer, load_trained
+    from lightning_sft.training.models import (
+        base_of,
+        load_config,
+        load_tokenizer,
+        load_trained,
+        quantization_of,
+    )
 
     name, revision = base_of(adapter)
     own = any(adapter.glob("tokenizer*"))  # an adapter from elsewhere may come without one
@@ -75,7 +81,7 @@ def merge(
             fix="use the adapter with its base",
         )
     expected = _logits(trained, rows)
-    if trained.get_base_model().is_quantized:
+    if quantization_of(adapter) is not None:
         del trained
         trained = load_trained(
             adapter, dtype=torch.float32, whole_base=True, trust_remote_code=trust_remote_code

@@ -126,15 +126,16 @@ def load_trained(
             fix=_DAMAGED,
         )
     base, revision = base_of(folder)
+    quantization = quantization_of(folder)
     model = load_model(
         base,
         dtype=dtype,
         revision=revision,
-        quantization=quantization_of(folder),
+        quantization=quantization,
         trust_remote_code=trust_remote_code,
         key=f"the base of {folder}",
     )
-    return put_on(model.dequantize() if whole_base and model.is_quantized else model, folder)
+    return put_on(model.dequantize() if whole_base and quantization is not None else model, folder)
 
 
 def put_on(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
