@@ -8,9 +8,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_sft.errors import SFTError
+from lightning_sft.training import optimizers
 from lightning_sft.training.head import CHUNK
 from lightning_sft.training.layout import causal_lm
 
@@ -70,14 +72,35 @@ def explained(module: SFTModule) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        batch = module.watch.batch
-        raise SFTError(
-            f"out of memory at {in_words(batch) if batch is not None else 'the optimizer step'}; "
-            + "about "
-            + ", ".join(f"{_gib(size)} GiB for {part}" for part, size in estimate(module, batch).items()),
-            where=str(module.device),
-            fix=_what_helps(module),
-        ) from error
+        raise _too_little(module, module.watch.batch, "out of memory") from error
+
+
+def refuse_too_much(module: SFTModule, batch: Batch) -> None:
+    """Refuse what the machine's memory can't hold by the estimate, and warn of what is not available now.
+
+    Raises:
+        SFTError: The estimate is above the whole of the memory.
+    """
+    import psutil
+
+    machine, needed = psutil.virtual_memory(), sum(estimate(module, batch).values())
+    if needed > machine.total:
+        raise _too_little(module, batch, f"{_gib(machine.total)} GiB of memory are too little")
+    loaded = sum(p.numel() * p.element_size() for p in module.loaded.parameters())
+    if needed - loaded > machine.available:
+        rank_zero_warn(
+            f"{in_words(batch)} needs about {_gib(needed - loaded)} GiB, {_gib(machine.available)} GiB are available: "
+            f"the system may kill the run. {_what_helps(module)}"
+        )
+
+
+def _too_little(module: SFTModule, batch: Batch | None, problem: str) -> SFTError:
+    parts = ", ".join(f"{_gib(size)} GiB for {part}" for part, size in estimate(module, batch).items())
+    return SFTError(
+        f"{problem} at {in_words(batch) if batch is not None else 'the optimizer step'}; about {parts}",
+        where=str(module.device),
+        fix=_what_helps(module),
+    )
 
 
 def estimate(module: SFTModule, batch: Batch | None) -> dict[str, float]:
@@ -89,6 +112,7 @@ def estimate(module: SFTModule, batch: Batch | None) -> dict[str, float]:
     values a layer and the whole of one layer. AdamW keeps two averages of each parameter that is trained.
     """
     parameters = [(p.numel(), p.element_size(), p.requires_grad) for p in module.loaded.parameters()]
+    state = optimizers.state_bytes(module)
     config = module.base_config.get_text_config()
     hidden = getattr(config, "hidden_size", 0)
     layers = getattr(config, "num_hidden_layers", 0)
@@ -103,7 +127,7 @@ def estimate(module: SFTModule, batch: Batch | None) -> dict[str, float]:
     rows = min(CHUNK, len(batch.targets)) if batch is not None else 0
     return {
         "the weights": sum(n * each for n, each, _ in parameters),
-        "gradients and AdamW": sum(3 * n * each for n, each, trains in parameters if trains),
+        "gradients and the optimizer": sum(n * (each + state) for n, each, trains in parameters if trains),
         "activations": tokens * kept * size,
         "logits": 3 * 4 * rows * module.vocabulary,
     }
