@@ -2,8 +2,8 @@
 
 - Flattened rows compute what separate rows compute; else rows are padded (`find_layout`).
 - The heaviest micro-batch of the run fits into memory: on a GPU it is tried, forward and backward, with room for
-  the optimizer's state. A CPU's system would kill the process, not say no, so there an estimate is compared with what is
-  available, and one row of it is tried.
+  the optimizer's state. A CPU's system would kill the process, not say no, so there an estimate is compared with
+  what is available, and one row of it is tried.
 - Its loss is a number, and a finite gradient reaches every parameter that is trained.
 - A checkpoint that is written and read gives the same loss.
 
