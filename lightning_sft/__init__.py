@@ -26,6 +26,7 @@ _HOME = {
     "Loss": "lightning_sft.bases",
     "Message": "lightning_sft.conversation",
     "Meta": "lightning_sft.conversation",
+    "PartWeight": "lightning_sft.conversation",
     "Record": "lightning_sft.evaluation.results",
     "RenderPolicies": "lightning_sft.rendering",
     "Renderer": "lightning_sft.rendering",
@@ -47,7 +48,7 @@ _HOME = {
 
 if TYPE_CHECKING:
     from lightning_sft.bases import Adapter, DataFormat, Evaluator, Loss, TokenBatch
-    from lightning_sft.conversation import Conversation, Message, Meta, Row, Segments, ToolCall
+    from lightning_sft.conversation import Conversation, Message, Meta, PartWeight, Row, Segments, ToolCall
     from lightning_sft.data.datamodule import SFTDataModule
     from lightning_sft.data.plan import BatchPlan
     from lightning_sft.data.sources import Source, read_rows
@@ -83,6 +84,7 @@ __all__ = [
     "Loss",
     "Message",
     "Meta",
+    "PartWeight",
     "Record",
     "RenderPolicies",
     "Renderer",

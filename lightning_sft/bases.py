@@ -75,6 +75,9 @@ class Adapter(ABC):
     default_learning_rate: ClassVar[float] = 1e-5
     """The peak learning rate where the configuration gives none."""
 
+    new_token_ids: Sequence[int] = ()
+    """Rows of the input and the output embedding to train in any case (`model.new_tokens`); set before `prepare`."""
+
     @abstractmethod
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model to train: parameters to train have `requires_grad`, all others do not."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from lightning_sft.data.plan import BatchPlan
-    from lightning_sft.example import Example
     from lightning_sft.training.module import SFTModule
 
 Facts = dict[str, str | int | float | bool | None]
@@ -51,6 +50,7 @@ def done_so_far(module: SFTModule, trainer: Trainer) -> Facts:
         "processes": trainer.world_size,
         "frozen weights of the base": frozen_digest(module),
         "chat template": _short(hashlib.sha256(module.renderer.chat_template.encode())),
+        **({"model.new_tokens": str(module.new_tokens)} if module.new_tokens else {}),
         **_options("model.adapter", module.adapter),
     }
 
@@ -97,16 +97,6 @@ def refuse(different: list[str], *, fix: str) -> None:
             where="--ckpt_path",
             fix=fix,
         )
-
-
-def examples_digest(examples: Iterable[Example]) -> str:
-    """Of the token ids and weights of the examples, in their order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(len(example).to_bytes(8, "little"))
-        digest.update(example.input_ids.tobytes())
-        digest.update(example.weights.tobytes())
-    return _short(digest)
 
 
 def plan_digest(plan: BatchPlan) -> str:
