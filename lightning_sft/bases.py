@@ -72,6 +72,9 @@ class Adapter(ABC):
     default_learning_rate: ClassVar[float] = 1e-5
     """The peak learning rate where the configuration gives none."""
 
+    saves_memory: ClassVar[bool] = False
+    """Whether `plan` suggests this adapter, with its default options, where training doesn't fit into memory."""
+
     @abstractmethod
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model to train: parameters to train have `requires_grad`, all others do not."""

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lightning_sft.errors import SFTError
-from lightning_sft.training.head import CHUNK
 from lightning_sft.training.layout import causal_lm
 
 if TYPE_CHECKING:
@@ -65,58 +64,46 @@ def explained(module: SFTModule) -> Iterator[None]:
             raise
         batch = module.watch.batch
         raise SFTError(
-            f"out of memory at {in_words(batch) if batch is not None else 'the optimizer step'}; "
-            + "about "
-            + ", ".join(f"{_gib(size)} GiB for {part}" for part, size in estimate(module, batch).items()),
+            f"out of memory at {in_words(batch) if batch is not None else 'the optimizer step'}"
+            + _weights_most(module, batch),
             where=str(module.device),
             fix=_what_helps(module),
         ) from error
 
 
-def estimate(module: SFTModule, batch: Batch | None) -> dict[str, float]:
-    """Bytes that training needs, by what they are for: a rule of thumb, to see what weighs most.
+def _weights_most(module: SFTModule, batch: Batch | None) -> str:
+    """What a step with this batch needs, by part, as `plan` would tell it; nothing where that can't be told."""
+    from lightning_sft.training.peak_memory import Twin
 
-    Per token a layer keeps about 8 H + 4 I values, with H the hidden and I the feed-forward size: inputs of the
-    norms, queries, keys, values, attention, and of a gated feed-forward network. For I = 8/3 H at 16 bits that is
-    37 H bytes, and Korthikanti et al. (2022) count 34 H without the attention matrix. Recomputing keeps H
-    values a layer and the whole of one layer. AdamW has two averages of each parameter that is trained.
-    """
-    parameters = [(p.numel(), p.element_size(), p.requires_grad) for p in module.loaded.parameters()]
-    config = module.base_config.get_text_config()
-    hidden = getattr(config, "hidden_size", 0)
-    layers = getattr(config, "num_hidden_layers", 0)
-    wide = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
-    wide = (4 * hidden if wide is None else wide) * (getattr(config, "num_experts_per_tok", None) or 1)
-    per_layer = 8 * hidden + 4 * wide
-    kept = layers * hidden + per_layer if module.gradient_checkpointing else layers * per_layer
-    trainer = module._trainer
-    mixed = trainer is not None and str(trainer.precision).endswith("-mixed")
-    size = 2 if mixed else next(module.loaded.parameters()).element_size()
-    tokens = batch.input_ids.numel() if batch is not None else 0
-    rows = min(CHUNK, len(batch.targets)) if batch is not None else 0
-    return {
-        "the weights": sum(n * each for n, each, _ in parameters),
-        "gradients and AdamW": sum(3 * n * each for n, each, trains in parameters if trains),
-        "activations": tokens * kept * size,
-        "logits": 3 * 4 * rows * module.vocabulary,
-    }
+    if batch is None:
+        return ""
+    try:
+        peak = Twin(module, module.device.type).peak(batch)
+    except Exception:  # the error at hand matters, not one on the way of explaining it
+        return ""
+    parts = ", ".join(f"{in_gib(size)} for {part}" for part, size in peak.parts.items())
+    return f"; a step with it needs about {in_gib(peak.total)}: {parts}"
+
+
+def in_gib(size: float) -> str:
+    """A size for people."""
+    return f"{size / 2**30:.3g} GiB"
+
+
+def longest_row(batch: Batch) -> int:
+    """Tokens of the longest row, padding included where there is some."""
+    if batch.segments is None:
+        return int(batch.input_ids.shape[1])
+    return max(end - start for start, end in pairwise(batch.segments))
 
 
 def in_words(batch: Batch) -> str:
     """The shape of a batch, for people: rows, tokens with padding, the longest row, and the targets."""
     rows = "1 row" if len(batch.metas) == 1 else f"{len(batch.metas):,} rows"
-    if batch.segments is None:
-        longest = batch.input_ids.shape[1]
-    else:
-        longest = max(end - start for start, end in pairwise(batch.segments))
     return (
-        f"a batch of {rows} with {batch.input_ids.numel():,} tokens (the longest {longest:,}), "
+        f"a batch of {rows} with {batch.input_ids.numel():,} tokens (the longest {longest_row(batch):,}), "
         f"{len(batch.targets):,} of them trained"
     )
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.3g}"
 
 
 def _what_helps(module: SFTModule) -> str:

@@ -28,6 +28,7 @@ class LoRA(Adapter):
     """
 
     default_learning_rate = 2e-4
+    saves_memory = True
 
     def __init__(
         self,
