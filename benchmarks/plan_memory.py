@@ -56,6 +56,7 @@ def main() -> None:
                 options = [
                     f"--model.base={base / 'model'}", f"--data.train={base / 'rows.jsonl'}",
                     f"--model.adapter={adapter}", f"--model.gradient_checkpointing={again}",
+                    "--data.overlong=truncate_right", "--data.max_lost_fraction=1",
                     f"--data.batch_size={given.batch_size}", f"--trainer.precision={precision}",
                     f"--trainer.max_steps={given.steps}", "--trainer.accelerator=cpu",
                     f"--trainer.default_root_dir={base}/{adapter}-{precision}-{again}",
