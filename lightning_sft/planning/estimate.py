@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 
@@ -129,7 +128,7 @@ def estimate(
 
 
 def cpu_speed(dtype: torch.dtype) -> float:
-    """FLOP/s that training may reach on this CPU, from a few large matrix products of this type; takes half a second."""
+    """FLOP/s that training may reach on this CPU, from large matrix products of this type, for half a second."""
     n = 512
     a, b = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
     best, end = 1e-12, time.perf_counter() + 0.5
@@ -140,9 +139,7 @@ def cpu_speed(dtype: torch.dtype) -> float:
 
 
 def resident() -> int:
-    """Bytes of resident memory of this process; 0 where the system doesn't tell."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+    """Bytes of resident memory of this process."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

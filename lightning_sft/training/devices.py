@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -114,7 +113,9 @@ def this_machine(accelerator: str) -> Device:
 
 def _memory() -> int:
     """Bytes of memory that this process may use: the machine's, or its control group's."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import psutil
+
+    memory = int(psutil.virtual_memory().total)
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         path = Path(limit)
         if path.is_file() and (text := path.read_text().strip()).isdigit():

@@ -8,14 +8,18 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug
 from torch import nn
 
 from lightning_sft.errors import SFTError
+from lightning_sft.training.head import CHUNK
 from lightning_sft.training.layout import causal_lm
 
 if TYPE_CHECKING:
     from lightning_sft.data.batch import Batch
     from lightning_sft.training.module import SFTModule
+    from lightning_sft.training.peak_memory import Peak
 
 _SIGNS = ("out of memory", "can't allocate memory", "alloc_failed")
 """What CUDA and MPS, the CPU's allocator, and cuBLAS say."""
@@ -62,27 +66,63 @@ def explained(module: SFTModule) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        batch = module.watch.batch
-        raise SFTError(
-            f"out of memory at {in_words(batch) if batch is not None else 'the optimizer step'}"
-            + _weights_most(module, batch),
-            where=str(module.device),
-            fix=_what_helps(module),
-        ) from error
+        raise _too_little(module, module.watch.batch, "out of memory") from error
 
 
-def _weights_most(module: SFTModule, batch: Batch | None) -> str:
-    """What a step with this batch needs, by part, as `plan` would tell it; nothing where that can't be told."""
+def refuse_too_much(module: SFTModule, batch: Batch) -> None:
+    """Refuse what the machine's memory can't hold by the estimate, and warn of what is not available now.
+
+    Raises:
+        SFTError: The estimate is above the whole of the memory.
+    """
+    import psutil
+
+    machine = psutil.virtual_memory()
+    if _at_most(module, batch) <= machine.available or (peak := estimate(module, batch)) is None:
+        return
+    if peak.total > machine.total:
+        raise _too_little(module, batch, f"{in_gib(machine.total)} of memory are too little")
+    loaded = sum(p.numel() * p.element_size() for p in module.loaded.parameters())
+    if peak.total - loaded > machine.available:
+        rank_zero_warn(
+            f"{in_words(batch)} needs about {in_gib(peak.total - loaded)}, {in_gib(machine.available)} are available: "
+            f"the system may kill the run. {_what_helps(module)}"
+        )
+
+
+def estimate(module: SFTModule, batch: Batch) -> Peak | None:
+    """What a step with this batch needs, as `plan` tells it; None where that can't be told."""
     from lightning_sft.training.peak_memory import Twin
 
-    if batch is None:
-        return ""
     try:
-        peak = Twin(module, module.device.type).peak(batch)
-    except Exception:  # the error at hand matters, not one on the way of explaining it
-        return ""
-    parts = ", ".join(f"{in_gib(size)} for {part}" for part, size in peak.parts.items())
-    return f"; a step with it needs about {in_gib(peak.total)}: {parts}"
+        return Twin(module, module.device.type).peak(batch)
+    except Exception as error:  # what it is asked for mustn't fail because of it
+        rank_zero_debug(f"no estimate of the memory: {type(error).__name__}: {error}")
+        return None
+
+
+def _at_most(module: SFTModule, batch: Batch) -> float:
+    """Bytes that no step comes near, at once: only where they aren't there is it worth to estimate.
+
+    Korthikanti et al. (2022) count 34 H bytes a token and layer at 16 bits; here it is four times as many at 32 bits,
+    with H the wider of the hidden and a quarter of the feed-forward size, for every expert that a token takes.
+    """
+    config = module.base_config.get_text_config()
+    wide = getattr(config, "intermediate_size", None) or 0
+    wide = max(getattr(config, "hidden_size", 0), wide / 4) * (getattr(config, "num_experts_per_tok", None) or 1)
+    kept = 4 * 68 * wide * getattr(config, "num_hidden_layers", 0) * batch.input_ids.numel()
+    return kept + 8 * sum(p.numel() * 4 for p in module.loaded.parameters()) + 16 * CHUNK * module.vocabulary
+
+
+def _too_little(module: SFTModule, batch: Batch | None, problem: str) -> SFTError:
+    peak = None if batch is None else estimate(module, batch)
+    parts = "" if peak is None else ", ".join(f"{in_gib(n)} for {part}" for part, n in peak.parts.items())
+    return SFTError(
+        f"{problem} at {in_words(batch) if batch is not None else 'the optimizer step'}"
+        + (f"; it needs about {parts}" if parts else ""),
+        where=str(module.device),
+        fix=_what_helps(module),
+    )
 
 
 def in_gib(size: float) -> str:
