@@ -99,14 +99,12 @@ def changes(setup: Setup, longest: int) -> Iterator[Change]:
             says = f"data.batch_tokens: {longest} and more accumulation (steps of about the same size)"
             yield Change(says, lambda now: replace(now, batch_tokens=longest))
     elif setup.batch_size > 1:
-        says = f"data.batch_size: 1, trainer.accumulate_grad_batches: {accumulate * setup.batch_size} (same steps, slower)"
+        more = accumulate * setup.batch_size
+        says = f"data.batch_size: 1, trainer.accumulate_grad_batches: {more} (same steps, slower)"
         yield Change(says, _one_by_one)
     if setup.trainer.precision.startswith("32") or setup.trainer.precision.endswith("-mixed"):
-        says = (
-            "trainer.precision: bf16-true (weights and optimizer in bfloat16: small updates are rounded away)"
-        )
-        if not all_trained(setup):
-            says = "trainer.precision: bf16-true (the base in bfloat16)"
+        rounded = "rounds small updates away" if trains_base(setup) else "the base in bfloat16"
+        says = f"trainer.precision: bf16-true ({rounded})"
         yield Change(says, lambda now: replace(now, trainer=replace(now.trainer, precision="bf16-true")))
     for plugin in plugins.discover("adapters"):
         try:
@@ -126,8 +124,8 @@ def changes(setup: Setup, longest: int) -> Iterator[Change]:
         yield Change(says, lambda now: replace(now, max_length=half))
 
 
-def all_trained(setup: Setup) -> bool:
-    """Whether the adapter trains the base's own weights, so that nothing of it could be rounded."""
+def trains_base(setup: Setup) -> bool:
+    """Whether the adapter trains the base's own weights: then it has no way back to the base's outputs."""
     from lightning_sft.bases import Adapter
 
     return type(setup.module.adapter).base_model is Adapter.base_model

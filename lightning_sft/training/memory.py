@@ -109,7 +109,9 @@ def _at_most(module: SFTModule, batch: Batch) -> float:
     """
     config = module.base_config.get_text_config()
     wide = getattr(config, "intermediate_size", None) or 0
-    wide = max(getattr(config, "hidden_size", 0), wide / 4) * (getattr(config, "num_experts_per_tok", None) or 1)
+    wide = max(getattr(config, "hidden_size", 0), wide / 4) * (
+        getattr(config, "num_experts_per_tok", None) or 1
+    )
     kept = 4 * 68 * wide * getattr(config, "num_hidden_layers", 0) * batch.input_ids.numel()
     return kept + 8 * sum(p.numel() * 4 for p in module.loaded.parameters()) + 16 * CHUNK * module.vocabulary
 

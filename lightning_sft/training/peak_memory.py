@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_sft.errors import SFTError
 from lightning_sft.training import attention
+from lightning_sft.training.head import NLL
 from lightning_sft.training.layout import Layout, backbone, batch_loss, causal_lm, expected_layout
 from lightning_sft.training.quantized import pretend_quantized
 from lightning_sft.training.throughput import Flops, has_experts
@@ -108,25 +109,46 @@ class Twin:
         self.module.__dict__["layout"] = self.layout
 
     def peak(self, batch: Batch) -> Peak:
-        """What a step with this micro-batch needs, after another one."""
+        """What a step with this micro-batch needs, after another one.
+
+        A loss that asks what its numbers are is taken to need what cross-entropy does.
+        """
         count = _Storages()
-        with self.fake, _own_caches(), count:
-            self._step(_faked(batch, self.fake), count)
-        parts = {part: count.at_peak[part] for part in PARTS if count.at_peak[part] or part in PARTS[:1]}
+        try:
+            with self.fake, _own_caches(), count, self._watched(count):
+                self._step(batch.map(lambda tensor: self.fake.from_tensor(tensor.cpu())), count)
+        except Exception:
+            if self.module.loss is NLL:
+                raise
+            self.module.loss = NLL
+            return self.peak(batch)
+        parts = {part: count.at_peak[part] for part in PARTS if count.at_peak[part]}
         return Peak(parts, self.parameters, self.trained, self.largest_block)
 
-    def _step(self, batch: Batch, count: _Storages) -> None:
-        """Forward, gradients of the step before dropped, backward, optimizer: in the order of Lightning's loop."""
+    @contextmanager
+    def _watched(self, count: _Storages) -> Iterator[None]:
+        """Tell the count what the tensors of the model are, and when its head begins."""
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             count.see(tensor, "weights")
         for tensor in self.quantized:
             count.see(tensor, "quantised base")
-        hooks = [backbone(causal_lm(self.model)).register_forward_hook(lambda *_: count.now("logits"))]
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                hook = parameter.register_post_accumulate_grad_hook(lambda p: count.see(p.grad, "gradients"))
-                hooks.append(hook)
-        optimizer: torch.optim.Optimizer = self.module.configure_optimizers()["optimizer"]  # type: ignore[index, call-overload, assignment]
+        hooks = [
+            p.register_post_accumulate_grad_hook(lambda p: count.see(p.grad, "gradients"))
+            for p in self.model.parameters()
+            if p.requires_grad
+        ]
+        hooks.append(backbone(causal_lm(self.model)).register_forward_hook(lambda *_: count.now("logits")))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.model.zero_grad()
+
+    def _step(self, batch: Batch, count: _Storages) -> None:
+        """Forward, gradients of the step before dropped, backward, optimizer: in the order of Lightning's loop."""
+        made: Any = self.module.configure_optimizers()
+        optimizer = made["optimizer"]
         for parameter in self.model.parameters():
             if parameter.requires_grad:  # as the step before has left them
                 parameter.grad = torch.empty_like(parameter)
@@ -135,15 +157,13 @@ class Twin:
         for tensor in tree_leaves([list(state.values()) for state in optimizer.state.values()]):
             if isinstance(tensor, Tensor):
                 count.see(tensor, "optimizer")
+        count.now("activations")
         loss = self._loss(batch)
         count.now("activations")
         optimizer.zero_grad()
         loss.backward()
         del loss
         optimizer.step()
-        optimizer.zero_grad()
-        for each in hooks:
-            each.remove()
 
     def _loss(self, batch: Batch) -> Tensor:
         precision = str(self.module.trainer.precision)
@@ -250,10 +270,6 @@ def _largest_block(model: PreTrainedModel) -> int:
     sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks_of(model)]
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     return max(sizes, default=whole) + whole - sum(sizes)
-
-
-def _faked(batch: Batch, fake: FakeTensorMode) -> Batch:
-    return batch.map(lambda tensor: fake.from_tensor(tensor.cpu()))
 
 
 @contextmanager

@@ -320,7 +320,7 @@ def test_too_little_memory_is_told_with_the_batch_and_what_helps(
     longest = max(b - a for a, b in zip(batch.segments, batch.segments[1:], strict=False))
     assert f"{batch.num_tokens} tokens (the longest {longest})" in caught.value.what
     assert f"{len(batch.targets)} of them trained" in caught.value.what
-    assert "GiB for the weights" in caught.value.what
+    assert "GiB for weights" in caught.value.what
     for option in ("batch_size", "max_length", "gradient_checkpointing", "LoRA", "precision"):
         assert option in caught.value.fix
     assert caught.value.where == "cpu"
