@@ -13,7 +13,7 @@ import pytest
 from lightning_sft.__main__ import main
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/fine-tuning.md", "docs/data.md", "docs/plugins.md"]
+PAGES = ["README.md", "docs/fine-tuning.md", "docs/data.md", "docs/plan.md", "docs/plugins.md"]
 
 
 def commands(page: str) -> list[str]:

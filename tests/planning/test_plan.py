@@ -20,7 +20,8 @@ def config(tmp_path, model_folder):
     path = tmp_path / "my.yaml"
     path.write_text(
         f"model: {{base: {model_folder('llama')}}}\ndata: {{train: {data}, batch_size: 4}}\n"
-        "trainer: {max_epochs: 2, accelerator: cpu, callbacks: [{class_path: lightning.pytorch.callbacks.ModelSummary}]}\n"
+        "trainer: {max_epochs: 2, accelerator: cpu, "
+        "callbacks: [{class_path: lightning.pytorch.callbacks.ModelSummary}]}\n"
     )
     return path
 
