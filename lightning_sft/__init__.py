@@ -26,7 +26,9 @@ _HOME = {
     "Loss": "lightning_sft.bases",
     "Message": "lightning_sft.conversation",
     "Meta": "lightning_sft.conversation",
+    "PartWeight": "lightning_sft.conversation",
     "Predictions": "lightning_sft.evaluation.divergence",
+    "RateGroup": "lightning_sft.bases",
     "Record": "lightning_sft.evaluation.results",
     "RenderPolicies": "lightning_sft.rendering",
     "Renderer": "lightning_sft.rendering",
@@ -49,8 +51,8 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
-    from lightning_sft.bases import Adapter, DataFormat, Evaluator, Loss, TokenBatch
-    from lightning_sft.conversation import Conversation, Message, Meta, Row, Segments, ToolCall
+    from lightning_sft.bases import Adapter, DataFormat, Evaluator, Loss, RateGroup, TokenBatch
+    from lightning_sft.conversation import Conversation, Message, Meta, PartWeight, Row, Segments, ToolCall
     from lightning_sft.data.datamodule import SFTDataModule
     from lightning_sft.data.plan import BatchPlan
     from lightning_sft.data.sources import Source, read_rows
@@ -87,7 +89,9 @@ __all__ = [
     "Loss",
     "Message",
     "Meta",
+    "PartWeight",
     "Predictions",
+    "RateGroup",
     "Record",
     "RenderPolicies",
     "Renderer",

@@ -17,15 +17,15 @@ FILE = "README.md"
 _SETTINGS = ("learning_rate", "schedule", "warmup", "weight_decay", "betas", "train_on_eot", "dtype")
 
 
-def write(model: Path, run: Path, *, license: str = "unknown") -> None:
+def write(model: Path, run: Path, *, license: str | None = None) -> None:
     """Write the card of the run's model.
 
     Args:
         model: The model's folder, whole or an adapter.
         run: The run folder, with as much of config, ledger and figures as there is.
-        license: The licence's id, as the Hub knows it.
+        license: The licence's id, as the Hub knows it; None: it isn't known.
     """
-    (model / FILE).write_text("\n".join(_card(model, run, license)) + "\n", encoding="utf-8")
+    (model / FILE).write_text("\n".join(_card(model, run, license or "unknown")) + "\n", encoding="utf-8")
 
 
 def _card(model: Path, run: Path, license: str) -> Iterator[str]:

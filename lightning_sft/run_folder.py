@@ -23,7 +23,7 @@ from typing import IO, Any
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_sft import goldens
+from lightning_sft import goldens, model_card
 from lightning_sft.errors import SFTError
 from lightning_sft.training.models import ADAPTER_CONFIG, MODEL_CONFIG
 
@@ -211,6 +211,7 @@ def export(module: Any, folder: Path) -> None:
     partial = folder / f"{MODEL}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     module.export(partial)
+    model_card.write(partial, folder)
     shutil.rmtree(folder / MODEL, ignore_errors=True)
     partial.rename(folder / MODEL)
     goldens.write(module, folder)

@@ -13,7 +13,6 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # tests run side by side; threads that wait for each other cost more
-
 SHARED = Path(__file__).parents[2] / "shared"
 
 CHATML = (
@@ -45,6 +44,9 @@ def tiny_config(name: str, vocabulary: int):
     gemma = {"sliding_window": 8, "query_pre_attn_scalar": 8, "head_dim": 8}
     return {
         "llama": lambda: t.LlamaConfig(**common),
+        "wide": lambda: t.LlamaConfig(
+            **{**common, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
+        ),
         "qwen3": lambda: t.Qwen3Config(**common, head_dim=8),
         "gemma2": lambda: t.Gemma2Config(
             **common, **gemma, attn_logit_softcapping=0.5, final_logit_softcapping=0.5
@@ -82,6 +84,14 @@ def make_model_folder(folder: Path, name: str, tokenizer) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Prepared data of the tests isn't kept in the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_SFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_sft.errors import SFTError
+from lightning_sft.evaluation.pieces import can_cut, cut
 from lightning_sft.evaluation.requests import Generate, LogLikelihood, Prompt, RollingLogLikelihood
 from lightning_sft.rendering import Renderer
 
@@ -50,6 +51,7 @@ class RequestEncoder:
         first = tokenizer.bos_token_id
         self.prefix_id = int(tokenizer.eos_token_id if first is None else first)
         """The token before an empty context: BOS, or EOS where there is none."""
+        self._can_cut = can_cut(tokenizer)
         self._prefix_text = tokenizer.decode([self.prefix_id])
 
     @property
@@ -84,8 +86,7 @@ class RequestEncoder:
         texts = {id(each.context): each.context for each in requests}
         contexts = {key: self.text(prompt) for key, prompt in texts.items()}
         pairs = [_split(contexts[id(each.context)], each.continuation) for each in requests]
-        strings = {text for pair in pairs for text in (pair[0], "".join(pair)) if pair[0]}
-        encoded = self._encode(strings)
+        encoded = self._encode_pairs(pairs)
         bare = self._encode({pair[1] for pair in pairs if not pair[0]}, add_special_tokens=False)
         scored = []
         for request, (context, continuation) in zip(requests, pairs, strict=True):
@@ -95,8 +96,7 @@ class RequestEncoder:
                 ids = before + ids
                 targets = len(ids) - 1
             else:
-                ids = encoded[context + continuation]
-                targets = len(ids) - len(encoded[context])
+                ids, targets = encoded[context, continuation]
                 if targets == len(ids):  # a context that makes no tokens
                     ids = (self.prefix_id, *ids)
             if not request.continuation or targets < 1:
@@ -115,6 +115,32 @@ class RequestEncoder:
                 )
             scored.append(Scored(ids[-(self.context_length + 1) :], targets))
         return scored
+
+    def _encode_pairs(
+        self, pairs: Sequence[tuple[str, str]]
+    ) -> dict[tuple[str, str], tuple[tuple[int, ...], int]]:
+        """Of each context that isn't empty, with its continuation: the ids, and how many the context alone hasn't."""
+        places = {context: cut(context) if self._can_cut else 0 for context in {pair[0] for pair in pairs}}
+        heads = self._encode({context[:place] for context, place in places.items() if place})
+        found, todo = {}, list(dict.fromkeys(pair for pair in pairs if pair[0]))
+        whole = {text for pair in todo if not places[pair[0]] for text in (pair[0], "".join(pair))}
+        encoded = self._encode(whole)
+        tails = {
+            text
+            for context, continuation in todo
+            if (place := places[context])
+            for text in (context[place:], context[place:] + continuation)
+        }
+        ends = self._encode(tails, add_special_tokens=False)
+        for context, continuation in todo:
+            if place := places[context]:
+                head, tail = heads[context[:place]], context[place:]
+                after = ends[tail + continuation]
+                found[context, continuation] = head + after, len(after) - len(ends[tail])
+            else:
+                ids = encoded[context + continuation]
+                found[context, continuation] = ids, len(ids) - len(encoded[context])
+        return found
 
     def windows(self, requests: Sequence[RollingLogLikelihood]) -> list[list[Scored]]:
         """The windows of each request's text; the tokens that the tokenizer puts first are scored, too."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 
 from lightning_sft.conversation import Message
 
@@ -104,18 +105,20 @@ class Item:
         number: Its place in the task's data, from 0.
         requests: What the model is asked for it.
         target: The right answer.
+        data: What judging needs beside it, in JSON types.
     """
 
     task: str
     number: int
     requests: tuple[Request, ...]
     target: str = ""
+    data: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """A hash of all requests: 16 hexadecimal digits, the same in every process and version."""
         told = [
-            [type(each).__name__, *(getattr(each, field.name) for field in fields(each))]
+            [type(each).__name__, *(getattr(each, option.name) for option in fields(each))]
             for each in self.requests
         ]
         return hashlib.sha256(json.dumps(told, default=asdict).encode()).hexdigest()[:16]

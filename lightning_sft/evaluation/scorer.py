@@ -13,8 +13,10 @@ from lightning_sft.evaluation.encoding import RequestEncoder, Scored
 from lightning_sft.evaluation.forward import Forward
 from lightning_sft.evaluation.generation import Writer
 from lightning_sft.evaluation.requests import (
+    Answered,
     Generate,
     Generated,
+    Item,
     Likelihood,
     LogLikelihood,
     Request,
@@ -48,7 +50,8 @@ class Scorer:
         tokenizer: Its tokenizer.
         renderer: Renders prompts that are messages; by default with the tokenizer's own chat template.
         context_length: How many tokens the model takes at once; by default what its configuration says.
-        batch_tokens: Padded tokens of a batch.
+        batch_tokens: Padded tokens of a batch; by default 512 on a CPU, which its caches like, else 16,384.
+            Answers are written in batches eight times as large.
     """
 
     def __init__(
@@ -58,17 +61,18 @@ class Scorer:
         renderer: Renderer | None = None,
         *,
         context_length: int | None = None,
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.batch_tokens = batch_tokens
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        self.batch_tokens = batch_tokens or (512 if on_cpu else 16_384)
         if context_length is None:
             context_length = context_length_of(model.config, tokenizer) or _UNKNOWN_CONTEXT
         self.encoder = RequestEncoder(tokenizer, context_length, renderer)
 
     @classmethod
-    def of(cls, module: SFTModule, *, batch_tokens: int = 4096) -> Self:
+    def of(cls, module: SFTModule, *, batch_tokens: int | None = None) -> Self:
         """The Scorer of a module's model, with its tokenizer and chat template."""
         return cls(module.loaded, module.tokenizer, module.renderer, batch_tokens=batch_tokens)
 
@@ -76,6 +80,23 @@ class Scorer:
         """The response to each request, in their order; raises as `stream`."""
         found: dict[int, Response] = dict(self.stream(requests))
         return [found[number] for number in range(len(requests))]
+
+    def answer(self, items: Sequence[Item]) -> list[Answered]:
+        """The items with the responses to their requests, in their order; raises as `stream`."""
+        answered = dict(self.stream_items(items))
+        return [answered[number] for number in range(len(items))]
+
+    def stream_items(self, items: Sequence[Item]) -> Iterator[tuple[int, Answered]]:
+        """The index of each item with its responses, as they are complete; raises as `stream`."""
+        places = [(n, place) for n, item in enumerate(items) for place in range(len(item.requests))]
+        found: list[dict[int, Response]] = [{} for _ in items]
+        yield from ((n, Answered(item, ())) for n, item in enumerate(items) if not item.requests)
+        for index, response in self.stream([request for item in items for request in item.requests]):
+            number, place = places[index]
+            item, responses = items[number], found[number]
+            responses[place] = response
+            if len(responses) == len(item.requests):
+                yield number, Answered(item, tuple(responses[n] for n in range(len(item.requests))))
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Response]]:
         """The index of each request with the response to it, as they are ready.
@@ -189,7 +210,7 @@ class Scorer:
                 groups = groups_of(alike, None if longest is None else max(0, longest - new))
             for group in groups:
                 beginning = None
-                for batch in batches_of(group, self.batch_tokens, new):
+                for batch in batches_of(group, 8 * self.batch_tokens, new):
                     with self._asking():
                         if group.shared and beginning is None:
                             beginning = forward.beginning(batch[0].ids[: group.shared])

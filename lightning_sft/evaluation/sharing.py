@@ -113,9 +113,10 @@ def _without_beginnings(rows: list[Row]) -> list[Row]:
     """The rows without those that are the beginning of another one, which takes their targets."""
     kept: list[Row] = []
     for row in sorted(rows, key=lambda row: row.ids, reverse=True):
-        if kept and kept[-1].ids[: len(row)] == row.ids:
+        if kept and row.trunk <= kept[-1].trunk and kept[-1].ids[: len(row)] == row.ids:
             kept[-1].targets += row.targets
-            kept[-1].trunk = min(kept[-1].trunk, row.trunk)
+            kept[-1].trunk = row.trunk
+            kept[-1].branches = ((row.trunk, len(kept[-1])),)
         else:
             kept.append(row)
     return kept

@@ -2,44 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_sft import assets, plugins
 from lightning_sft.bases import Adapter, Loss
 from lightning_sft.errors import SFTError
-from lightning_sft.rendering import Renderer, RenderPolicies
+from lightning_sft.rendering import RenderPolicies
+from lightning_sft.training import advisor, optimizers
 from lightning_sft.training import schedule as schedules
 from lightning_sft.training.compiling import compile_blocks
+from lightning_sft.training.devices import peak_flops
 from lightning_sft.training.guard import GuardedModule, OnBadLoss, Watch, refuse_bad_weights
-from lightning_sft.training.head import NLL, weighted_loss
-from lightning_sft.training.layout import Layout, causal_lm, find_layout, hidden_states, stock_attention
+from lightning_sft.training.head import NLL
+from lightning_sft.training.initial import initialize
+from lightning_sft.training.layout import Layout, batch_loss, causal_lm, find_layout, stock_attention
 from lightning_sft.training.memory import checkpoint_layers, explained
 from lightning_sft.training.metrics import TokenLoss, TokenPerplexity
-from lightning_sft.training.models import absolute, context_length, load_config, load_model, load_tokenizer
+from lightning_sft.training.models import absolute, load_model, save_quantization
+from lightning_sft.training.new_tokens import check_trained, grow
 from lightning_sft.training.preflight import check_trainer, preflight
 from lightning_sft.training.resuming import Resumable
 from lightning_sft.training.router_loss import RouterLoss, router_loss
-from lightning_sft.training.throughput import Throughput, is_logged, log_step, peak_flops
+from lightning_sft.training.throughput import Throughput, is_logged, log_step
+from lightning_sft.training.without_weights import WithoutWeights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from lightning_sft.data.batch import Batch
     from lightning_sft.data.datamodule import SFTDataModule
 
+_BETAS = (0.9, 0.999)
 _EVERY_TURN = RenderPolicies()
 _PRECISION_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
-class SFTModule(GuardedModule, Resumable):
+class SFTModule(GuardedModule, Resumable, WithoutWeights):
     """Fine-tunes a causal language model on the trained tokens of its batches.
 
     The loss of an optimizer step is Σ weight · loss over all its tokens, on every rank and in every
@@ -51,8 +59,11 @@ class SFTModule(GuardedModule, Resumable):
         loss: The loss per token; `CrossEntropy` by default.
         revision: Branch, tag or commit of the base on the Hub.
         tokenizer: Folder or Hub id of another tokenizer than the base's own.
+        new_tokens: Special tokens that the base doesn't know: the tokenizer gets those that it lacks, the embeddings
+            grow where they have no row, and the rows are trained with any adapter.
         chat_template: A Jinja file, or one of the shipped templates (plain, alpaca, chatml); by default the
             tokenizer's own, or `plain` if it has none.
+        chat_template_kwargs: Options of the chat template, such as `enable_thinking: false`; exported as its defaults.
         render: Which parts of a conversation are trained.
         dtype: Type of the loaded weights; by default what `trainer.precision` implies: bfloat16 for
             `bf16-true`, float16 for `16-true`, else float32.
@@ -65,12 +76,14 @@ class SFTModule(GuardedModule, Resumable):
         on_bad_loss: What follows a loss or gradient that is NaN or infinite: `stop`, or go on without the step
             (`skip`). It is never applied.
         learning_rate: Peak learning rate; by default the adapter's (LoRA 2e-4, Full 1e-5).
-        weight_decay: AdamW's decay of weight matrices; norms and biases are not decayed.
+        weight_decay: Decay of weight matrices; norms and biases are not decayed.
         betas: AdamW's coefficients of the running averages.
+        optimizer: Another optimizer than AdamW: its class, and its options but for rate and decay, which are these.
         schedule: Course of the learning rate after warmup.
         warmup: Warmup as a fraction of all steps (0.03) or a number of steps (100).
         final_learning_rate: Where `cosine` and `linear` end, as a fraction of the peak.
         compile: Compile the decoder's blocks with `torch.compile`: slow first steps, faster ones after.
+        silenced_advice: Rules of the advisor that don't warn (full-rate, epochs, …), or `all`.
     """
 
     def __init__(
@@ -80,7 +93,9 @@ class SFTModule(GuardedModule, Resumable):
         loss: Loss | None = None,
         revision: str | None = None,
         tokenizer: str | None = None,
+        new_tokens: list[str] | None = None,
         chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         render: RenderPolicies = _EVERY_TURN,
         dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
         trust_remote_code: bool = False,
@@ -90,11 +105,13 @@ class SFTModule(GuardedModule, Resumable):
         on_bad_loss: OnBadLoss = "stop",
         learning_rate: float | None = None,
         weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] = _BETAS,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         schedule: schedules.Schedule = "cosine",
         warmup: float = 0.03,
         final_learning_rate: float = 0.0,
         compile: bool = False,
+        silenced_advice: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.base = assets.model_path(base)
@@ -102,7 +119,9 @@ class SFTModule(GuardedModule, Resumable):
         self.loss: Loss = plugins.default("losses")() if loss is None else loss
         self.revision = revision
         self.tokenizer_name = tokenizer
+        self.new_tokens = new_tokens or []
         self.chat_template = chat_template
+        self.chat_template_kwargs = chat_template_kwargs
         self.render = render
         self.load_dtype = dtype
         self.trust_remote_code = trust_remote_code
@@ -114,10 +133,12 @@ class SFTModule(GuardedModule, Resumable):
         self.learning_rate = self.adapter.default_learning_rate if learning_rate is None else learning_rate
         self.weight_decay = weight_decay
         self.betas = betas
+        self.optimizer = optimizer
         self.schedule: schedules.Schedule = schedule
         self.warmup = warmup
         self.final_learning_rate = final_learning_rate
         self.compiled = compile
+        self.silenced_advice = silenced_advice
         _check_options(self)
         self.model: PreTrainedModel | None = None
         self.restored = False
@@ -131,37 +152,6 @@ class SFTModule(GuardedModule, Resumable):
         self.throughput = Throughput()
 
     # -------------------------------------------------------------------------------- the model's parts
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer: the override, or the base's own."""
-        if self.tokenizer_name is not None:
-            return load_tokenizer(
-                self.tokenizer_name, trust_remote_code=self.trust_remote_code, key="model.tokenizer"
-            )
-        return load_tokenizer(
-            self.base, revision=self.revision, trust_remote_code=self.trust_remote_code, key="model.base"
-        )
-
-    @cached_property
-    def base_config(self) -> PretrainedConfig:
-        """The base's configuration."""
-        return load_config(self.base, revision=self.revision, trust_remote_code=self.trust_remote_code)
-
-    @property
-    def vocabulary(self) -> int:
-        """How many token ids the base's embedding has."""
-        return int(self.base_config.get_text_config().vocab_size)
-
-    @property
-    def context_length(self) -> int | None:
-        """How many tokens the base can take at once."""
-        return context_length(self.base_config, self.tokenizer)
-
-    @cached_property
-    def renderer(self) -> Renderer:
-        """Renders conversations with this model's tokenizer and chat template."""
-        return Renderer(self.tokenizer, self.chat_template, **asdict(self.render))
 
     @cached_property
     def layout(self) -> Layout:
@@ -199,13 +189,24 @@ class SFTModule(GuardedModule, Resumable):
             return
         model = load_model(
             self.base,
-            dtype=self._weights_dtype(),
+            dtype=self.weights_dtype,
             revision=self.revision,
             quantization=self.adapter.quantization(),
             trust_remote_code=self.trust_remote_code,
         )
+        self.assemble(model)
+
+    def assemble(self, model: PreTrainedModel) -> None:
+        """Put the adapter into the base, and set what is trained and recomputed.
+
+        Raises:
+            SFTError: Nothing of it would be trained.
+        """
         model.name_or_path = absolute(self.base)
+        grow(model, self.rows)
+        self.adapter.new_token_ids = self.rows.trained
         self.model = self.adapter.prepare(model)
+        check_trained(causal_lm(self.model), self.rows, plugins.describe(self.adapter))
         for config in getattr(self.model, "peft_config", {}).values():
             config.revision = self.revision
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -226,7 +227,9 @@ class SFTModule(GuardedModule, Resumable):
         kwargs.pop("dtype", None)
         return super().to(*args, **kwargs)
 
-    def _weights_dtype(self) -> torch.dtype:
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """The type of the loaded weights: `dtype`, or what the trainer's precision implies."""
         if self.load_dtype is not None:
             chosen: torch.dtype = getattr(torch, self.load_dtype)
             return chosen
@@ -253,21 +256,26 @@ class SFTModule(GuardedModule, Resumable):
         self.tokenizer.chat_template = self.renderer.chat_template
         with stock_attention(self.loaded):
             self.adapter.export(self.loaded, folder)
+        if (quantization := self.adapter.quantization()) is not None:
+            save_quantization(quantization, folder)
         generation.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     # ------------------------------------------------------------------------------------------- steps
 
     def on_fit_start(self) -> None:
-        """Refuse what would make the plan's step sizes wrong; then try model and rows (`preflight`).
+        """Refuse what would make the plan's step sizes wrong, try model and rows (`preflight`), and give advice.
 
         Raises:
             SFTError: Accumulation changes over the run, Lightning would replace the batch order, or preflight fails.
         """
         super().on_fit_start()
         check_trainer(self.trainer)
+        if self.trainer.ckpt_path is None:
+            initialize(self)
         if self.preflight:
             preflight(self)
+        advisor.tell(self)
         self.throughput.meter(self.loaded, peak_flops(self.device))
 
     def weighted_loss(self, batch: Batch, loss: Loss) -> Tensor:
@@ -275,8 +283,7 @@ class SFTModule(GuardedModule, Resumable):
         router = self.router if torch.is_grad_enabled() else None
         self.watch.batch = batch
         with explained(self):
-            hidden = hidden_states(self.loaded, batch, own_logits=self.layout.own_logits, router=router)
-            return weighted_loss(hidden, batch.targets, batch.weights, self.layout.head, loss)
+            return batch_loss(self.loaded, batch, self.layout, loss, router)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The micro-batch's share of the step's loss, scaled so that gradients add up to d(Σ w·loss / N).
@@ -326,6 +333,10 @@ class SFTModule(GuardedModule, Resumable):
         """Add the batch to `test/loss` and `test/perplexity`."""
         self._evaluate("test", batch)
 
+    def predict_step(self, batch: Callable[[SFTModule], object], batch_idx: int) -> object:
+        """Evaluate: `lightning-sft evaluate` is a prediction whose only batch is what to do with the module."""
+        return batch(self)
+
     def _evaluate(self, stage: str, batch: Batch) -> None:
         total, weight = self.weighted_loss(batch, NLL), batch.weights.sum()
         for name, metric in self.metrics[stage].items():  # type: ignore[operator]
@@ -335,39 +346,13 @@ class SFTModule(GuardedModule, Resumable):
     # --------------------------------------------------------------------------------------- optimizer
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over what is trained, with the schedule stepped after every optimizer step."""
-        total_steps = self.total_steps()
-        warmup = schedules.warmup_steps(self.warmup, total_steps)
-        epochs = self.trainer.max_epochs
-        ends = self.trainer.max_steps >= 0 or (epochs is not None and epochs >= 0)
-        if not ends and self.schedule != "constant":
-            raise SFTError(
-                f"the {self.schedule} schedule needs to know how many steps the run has",
-                where="trainer",
-                fix="set trainer.max_epochs or trainer.max_steps, or model.schedule: constant",
-            )
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=self.learning_rate,
-            betas=self.betas,
-            fused={p.device.type for p in trained} in ({"cpu"}, {"cuda"}) or None,
-        )
-        # A fused AdamW could unscale gradients itself; Lightning would refuse to clip them, even in bfloat16.
-        optimizer._step_supports_amp_scaling = False
-        shape = partial(
-            schedules.factor,
-            schedule=self.schedule,
-            total_steps=total_steps,
-            warmup=warmup,
-            final=self.final_learning_rate,
-        )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        """The optimizer over what is trained, with the schedule stepped after every optimizer step."""
+        return optimizers.configure(self)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leave out what isn't trained yet, and bad numbers."""
+        optimizers.hold_back(optimizer, self.trainer.global_step)
+        super().on_before_optimizer_step(optimizer)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; 0 if the trainer sets no end."""
@@ -382,9 +367,12 @@ class SFTModule(GuardedModule, Resumable):
 def _check_options(module: SFTModule) -> None:
     """Refuse what no run could be made of, before anything is loaded."""
     schedules.warmup_steps(module.warmup, 1)
+    advisor.check_names(module.silenced_advice)
     for option in ("learning_rate", "weight_decay", "final_learning_rate"):
         value = getattr(module, option)
         if not 0 <= value < float("inf"):
             raise SFTError(f"{option} is {value}", where=f"model.{option}", fix="give a number of 0 or more")
     if not all(0 <= beta < 1 for beta in module.betas):
         raise SFTError(f"betas are {module.betas}", where="model.betas", fix="give numbers from 0 to below 1")
+    if module.optimizer is not None:
+        optimizers.check(module.optimizer, betas_given=tuple(module.betas) != _BETAS)

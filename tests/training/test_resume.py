@@ -12,23 +12,13 @@ import pytest
 import resume_run
 import torch
 import yaml
-from resume_run import STOP, Stopped, losses, metrics, same_weights, write_config
+from resume_run import Stopped, fit, losses, metrics, same_weights, write_config
 
-from lightning_sft import SFTError, cli
+from lightning_sft import SFTError
 from lightning_sft.__main__ import main
 from lightning_sft.training import checkpoints, fingerprint
 from lightning_sft.training.checkpoints import AtomicCheckpointIO
 from lightning_sft.training.metrics_file import MetricsFile, read_rows
-
-
-def fit(config: Path, *arguments: object, stop: str | None = None) -> None:
-    """Run `fit` here; the environment that a run sets is undone."""
-    with pytest.MonkeyPatch.context() as patch:
-        for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "LIGHTNING_SFT_RUN_FOLDER", STOP):
-            patch.setenv(variable, "0")
-        patch.delenv("LIGHTNING_SFT_RUN_FOLDER")
-        patch.setenv(STOP, stop or "")
-        cli.run(["fit", "--config", str(config), *map(str, arguments)])
 
 
 @pytest.fixture
@@ -76,6 +66,10 @@ CASES = {
     "at the start of the next epoch": (5, "epoch_start:2", {}),
     "workers": pytest.param(7, "batch_start:16", {"data": {"num_workers": 2}}, marks=pytest.mark.slow),
     "full": (3, "batch_start:7", {"model": FULL}),
+    "new tokens": (7, "batch_start:16", {"model": {"new_tokens": ["hello there", "<new>"]}}),
+    "new tokens, full": pytest.param(
+        3, "batch_start:7", {"model": {**FULL, "new_tokens": ["hello there"]}}, marks=pytest.mark.slow
+    ),
     "after a validation inside an epoch": (2, "batch_start:5", {"trainer": {"val_check_interval": 4}}),
     "before a validation": pytest.param(
         1, "validation_end:1", {"trainer": {"val_check_interval": 4}}, marks=pytest.mark.slow
@@ -428,6 +422,7 @@ def test_the_config_of_a_continued_run_is_that_of_the_run(stopped) -> None:
         ("--model.schedule", "linear", "model.schedule: cosine -> linear"),
         ("--model.loss.label_smoothing", "0.1", "model.loss.label_smoothing: 0.0 -> 0.1"),
         ("--model.chat_template", "alpaca", "chat template: "),
+        ("--model.new_tokens", "['<x>']", "model.new_tokens: not there -> ['<x>']"),
     ],
 )
 def test_what_would_make_it_another_run_is_refused_and_shown(
