@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_sft import plugins
 from lightning_sft.errors import SFTError
+from lightning_sft.plugin_kinds import KINDS
 
 _KEY = re.compile(r'(?:Parser key|[Kk]ey) "?\'?([\w.]+)')
 _UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --([\w.]+)|accept option '([\w.]+)'")
@@ -32,7 +33,7 @@ _BASE = re.compile(r"lightning_sft\.bases\.(\w+)")
 _NO_OPTION = re.compile(r"no option is named '([\w.]+)'")
 _ABSENT = object()
 _LIGHTNING_BASE = re.compile(r"<class '(lightning\.[\w.]+)'>")
-_KINDS = {"DataFormat": "formats", "Adapter": "adapters", "Loss": "losses"}
+_KINDS = {kind.base.rpartition(":")[2]: kind.name for kind in KINDS.values()}
 
 
 class CommandParser(ArgumentParser):
