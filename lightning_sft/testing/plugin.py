@@ -104,8 +104,7 @@ def check_options(plugin: type) -> None:
     from lightning_sft.command_line import CommandParser
 
     name = plugin.__name__
-    doc = inspect.getdoc(plugin) if "__doc__" in vars(plugin) else None
-    description = docstring_parser.parse(doc or "").short_description
+    description = docstring_parser.parse(vars(plugin).get("__doc__") or "").short_description
     assert description, f"{name} has no docstring: its first line is what `lightning-sft plugins` shows"
     parser = CommandParser()
     try:
