@@ -294,7 +294,13 @@ def _distributions() -> Iterator[tuple[str, str, str, metadata.EntryPoints]]:
                 stacklevel=2,
             )
             continue
-        yield name, str(distribution.version), _required(distribution.requires or ()), entries
+        data = distribution.metadata
+        yield (
+            name,
+            data["Version"],
+            _required(data.get_all("Requires-Dist") or distribution.requires or ()),
+            entries,
+        )
 
 
 def _required(requirements: Iterable[str]) -> str:
