@@ -19,7 +19,7 @@ from stranger import install
 from lightning_sft.__main__ import main
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/fine-tuning.md", "docs/data.md", "docs/plugins.md"]
+PAGES = ["README.md", "docs/fine-tuning.md", "docs/data.md", "docs/evaluation.md", "docs/plugins.md"]
 
 
 def commands(page: str) -> list[str]:
@@ -142,3 +142,18 @@ def test_the_python_guide_works_from_top_to_bottom(tmp_path, monkeypatch, capsys
     assert "32 rows, 32 examples" in out
     assert re.search(r"^<\|im_end\|> +trained$", out, re.MULTILINE)
     assert names["model"].peft_config["default"].r == 8
+
+
+def test_the_evaluator_of_the_evaluation_guide_works():
+    from lightning_sft import Answered, Generated
+
+    text = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code is not None
+    names: dict[str, object] = {}
+    exec(code.group(1), names)
+    sums = names["Sums"](largest=2)
+    results = sums.score([Answered(item, (Generated(" 1", 2),)) for item in sums.requests()])
+    assert [(score.name, score.value) for score in results.scores] == [
+        ("sums", 0.5), ("sums/0 + …", 0.5), ("sums/1 + …", 0.5),
+    ]  # fmt: skip

@@ -270,7 +270,8 @@ def test_check_reports_what_is_broken_and_leaves_the_rest_alone(
     assert "only the class path twin_one.Twin names it" in found["formats", "Twin"]
     assert "SystemExit: 3" in found["formats", "Exits"]
     assert found["formats", "Dies"] == "its process ended with status 7"
-    assert "its module imports peft, torch when it is imported" in found["formats", "Heavy"]
+    heavy = found["formats", "Heavy"].partition("its module imports ")[2].partition(" when it is imported")[0]
+    assert {"peft", "torch"} <= {*heavy.split(", ")}
     assert "its import takes 0." in found["formats", "Slow"]
     assert found["formats", "Prints"] == found["formats", "Fine"]
     assert "does not subclass lightning_sft.bases.Loss" in found["losses", "Fine"]
@@ -289,3 +290,66 @@ def test_check_passes_every_first_party_plugin(capsys: pytest.CaptureFixture[str
     assert main(["plugins", *names, "--check"]) == 0
     out = capsys.readouterr().out
     assert out.count("ok      ") == len(names)
+
+
+# ------------------------------------------------------------------------------ processes, data workers
+
+FORMAT_AND_CALLBACK = """
+import os
+
+from lightning.pytorch import Callback
+
+from lightning_sft import Conversation, DataFormat, Message
+
+
+class OddFormat(DataFormat):
+    def matches(self, columns):
+        return False
+
+    def convert(self, row):
+        return [Conversation((Message("user", row["instruction"]), Message("assistant", row["output"])))]
+
+
+class OddCallback(Callback):
+    def __init__(self, fails_on: int = -1) -> None:
+        self.fails_on = fails_on
+
+    def on_train_end(self, trainer, pl_module):
+        print(f"rank {trainer.global_rank} of {trainer.world_size} has ended", flush=True)
+        if trainer.global_rank == self.fails_on:
+            raise RuntimeError("on one rank")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fails_on", [-1, 0])
+def test_plugins_work_under_ddp_and_beside_data_workers(site: Path, fails_on: int) -> None:
+    install(
+        site, "odd-plugins",
+        {
+            "lightning_sft.formats": {"OddFormat": "odd_both:OddFormat"},
+            "lightning_sft.callbacks": {"OddCallback": "odd_both:OddCallback"},
+        },
+        {"odd_both": FORMAT_AND_CALLBACK},
+    )  # fmt: skip
+    argv = [
+        "--data.train=[{path: rows.jsonl, format: OddFormat}]",
+        "--data.num_workers=1",
+        "--data.batch_size=1",
+    ]
+    argv += ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.max_steps=2"]
+    argv += [f"--trainer.callbacks=[{{class_path: OddCallback, init_args: {{fails_on: {fails_on}}}}}]"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_sft", "fit", "--config", "my.yaml", *argv],
+        env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert "rank 0 of 2 has ended" in done.stdout
+    if fails_on == -1:
+        assert done.returncode == 0, done.stderr
+        assert "rank 1 of 2 has ended" in done.stdout
+        assert "rows.jsonl: 4 rows as format OddFormat (odd-plugins 2.5)" in done.stdout
+    else:
+        assert done.returncode == 1
+        assert (
+            "error: RuntimeError in the callback OddCallback (odd-plugins 2.5): on one rank\n" in done.stderr
+        )

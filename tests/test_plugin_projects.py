@@ -126,7 +126,8 @@ def test_every_new_project_passes_its_own_tests(installed: Path) -> None:
     tests = [f"my-{kind}/tests/test_{KINDS[kind].one}.py" for kind in WITH_TEMPLATES]
     python = installed / "venv" / "bin" / "python"
     out = run(python, "-m", "pytest", "-v", "-p", "no:cacheprovider", *tests, cwd=installed)
-    assert all(f"{test}::TestMy" in out for test in tests)
+    for kind in WITH_TEMPLATES:
+        assert f"test_{KINDS[kind].one}.py::TestMy{kind.capitalize()}::" in out
     assert " skipped" not in out
 
 
@@ -176,3 +177,17 @@ def test_a_run_with_all_of_them(installed: Path, named: str) -> None:
     out = run(command, "fit", "--config", "run.yaml", cwd=installed)
     assert "format MyFormats (my-formats 0.1.0)" in out
     assert "lowest training loss: " in out
+
+
+@pytest.mark.slow
+def test_an_editable_install_of_a_project_works(installed: Path, tmp_path: Path) -> None:
+    """As the guide says: `pip install -e .`, and a change of the class is there without another install."""
+    folder = write(tmp_path / "mine", "mine", KINDS["losses"])
+    python = installed / "venv" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    run(*pip, "install", "-q", "--no-deps", "--no-build-isolation", "-e", folder, cwd=tmp_path)
+    module = folder / "mine" / "loss.py"
+    module.write_text(module.read_text().replace("gamma: float = 2.0", "gamma: float = 3.5"))
+    assert "default: 3.5" in run(
+        installed / "venv" / "bin" / "lightning-sft", "plugins", "Mine", cwd=tmp_path
+    )
