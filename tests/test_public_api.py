@@ -7,6 +7,7 @@ Announced is a change that stands in CHANGELOG.md, under the policy of docs/plug
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +23,8 @@ MODULES = ("lightning_sft", "lightning_sft.testing")
 
 def public_api() -> str:
     """Every public name with its signature, a line each."""
-    return "\n".join(line for name in MODULES for line in lines_of(name)) + "\n"
+    text = "\n".join(line for name in MODULES for line in lines_of(name)) + "\n"
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def lines_of(name: str) -> Iterator[str]:
