@@ -27,6 +27,8 @@ _HOME = {
     "Message": "lightning_sft.conversation",
     "Meta": "lightning_sft.conversation",
     "PartWeight": "lightning_sft.conversation",
+    "Predictions": "lightning_sft.evaluation.divergence",
+    "RateGroup": "lightning_sft.bases",
     "Record": "lightning_sft.evaluation.results",
     "RenderPolicies": "lightning_sft.rendering",
     "Renderer": "lightning_sft.rendering",
@@ -40,19 +42,22 @@ _HOME = {
     "Scorer": "lightning_sft.evaluation.scorer",
     "Segments": "lightning_sft.conversation",
     "Source": "lightning_sft.data.sources",
+    "TextLoss": "lightning_sft.evaluation.divergence",
     "TokenBatch": "lightning_sft.bases",
     "ToolCall": "lightning_sft.conversation",
     "scores_by_task": "lightning_sft.evaluation.results",
     "read_rows": "lightning_sft.data.sources",
+    "text_losses": "lightning_sft.evaluation.divergence",
 }
 
 if TYPE_CHECKING:
-    from lightning_sft.bases import Adapter, DataFormat, Evaluator, Loss, TokenBatch
+    from lightning_sft.bases import Adapter, DataFormat, Evaluator, Loss, RateGroup, TokenBatch
     from lightning_sft.conversation import Conversation, Message, Meta, PartWeight, Row, Segments, ToolCall
     from lightning_sft.data.datamodule import SFTDataModule
     from lightning_sft.data.plan import BatchPlan
     from lightning_sft.data.sources import Source, read_rows
     from lightning_sft.errors import SFTError
+    from lightning_sft.evaluation.divergence import Predictions, TextLoss, text_losses
     from lightning_sft.evaluation.requests import (
         Answered,
         Generate,
@@ -85,6 +90,8 @@ __all__ = [
     "Message",
     "Meta",
     "PartWeight",
+    "Predictions",
+    "RateGroup",
     "Record",
     "RenderPolicies",
     "Renderer",
@@ -98,10 +105,12 @@ __all__ = [
     "Scorer",
     "Segments",
     "Source",
+    "TextLoss",
     "TokenBatch",
     "ToolCall",
     "read_rows",
     "scores_by_task",
+    "text_losses",
 ]
 
 

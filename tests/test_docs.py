@@ -19,7 +19,9 @@ from stranger import install
 from lightning_sft.__main__ import main
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/fine-tuning.md", "docs/data.md", "docs/evaluation.md", "docs/plugins.md"]
+PAGES = [
+    "README.md", "docs/fine-tuning.md", "docs/data.md", "docs/evaluation.md", "docs/forgetting.md", "docs/plugins.md",
+]  # fmt: skip
 
 
 def commands(page: str) -> list[str]:

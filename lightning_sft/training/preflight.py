@@ -2,8 +2,8 @@
 
 - Flattened rows compute what separate rows compute; else rows are padded (`find_layout`).
 - The heaviest micro-batch of the run fits into memory: on a GPU it is tried, forward and backward, with room for
-  AdamW's averages. A CPU's system would kill the process, not say no, so there an estimate is compared with what is
-  available, and one row of it is tried.
+  the optimizer's state. A CPU's system would kill the process, not say no, so there an estimate is compared with
+  what is available, and one row of it is tried.
 - Its loss is a number, and a finite gradient reaches every parameter that is trained.
 - A checkpoint that is written and read gives the same loss.
 
@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 from lightning_sft import plugins
 from lightning_sft.errors import SFTError
-from lightning_sft.training import memory
+from lightning_sft.training import memory, optimizers
 from lightning_sft.training.head import NLL
-from lightning_sft.training.layout import evaluating
+from lightning_sft.training.layout import evaluating, zeros_moved
 from lightning_sft.training.models import load_checkpoint
 
 if TYPE_CHECKING:
@@ -159,7 +159,10 @@ def _check_gradients(
     """
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     with memory.explained(module):
-        room = [torch.empty_like(p) for p in trained.values() for _ in range(2)]  # AdamW's averages
+        each = optimizers.state_bytes(module)  # AdamW's averages, or what another optimizer keeps
+        room = [
+            torch.empty(int(each * p.numel()), dtype=torch.uint8, device=p.device) for p in trained.values()
+        ]
         loss, gradients = _gradients(module, batch, trained)
         del room
     found = _judge(gradients)
@@ -173,7 +176,7 @@ def _check_gradients(
     unreached = [name for name in trained if name not in found]
     still = [name for name, (_, moves) in found.items() if not moves]
     if still:
-        with _zeros_moved(trained):
+        with zeros_moved(trained.values()):
             second = _judge(_gradients(module, small, {name: trained[name] for name in still})[1])
         still = [name for name in still if not second.get(name, (True, False))[1]]
     if len(unreached) + len(still) == len(trained):
@@ -244,21 +247,6 @@ def _refuse_unreached(module: SFTModule, unreached: list[str]) -> None:
             where=f"model.adapter: {plugins.describe(module.adapter)}",
             fix=f"choose other layers with its options (LoRA: target_modules); {_OFF}",
         )
-
-
-@contextmanager
-def _zeros_moved(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Parameters that are zero throughout get small random values in here."""
-    zeros = [p for p in parameters.values() if not p.detach().any()]
-    before = [p.detach().clone() for p in zeros]  # zeros may have a sign
-    generator = torch.Generator().manual_seed(0)
-    try:
-        for p in zeros:
-            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
-        yield
-    finally:
-        for p, kept in zip(zeros, before, strict=True):
-            p.data.copy_(kept)
 
 
 @contextmanager
