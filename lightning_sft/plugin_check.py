@@ -6,13 +6,12 @@ imports alone, and one that exits, hangs or changes something global does so to 
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module, metadata
 from inspect import signature
@@ -20,6 +19,7 @@ from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import indent
 from typing import TYPE_CHECKING
 
 from lightning_sft.errors import SFTError
@@ -127,6 +127,7 @@ def _in_own_process(context: ForkServerContext | SpawnContext, plugin: Plugin) -
     try:
         if ours.poll(LONGEST_CHECK):
             report: Report = ours.recv()
+            process.join(timeout=10)
             return report
         problem = f"it had not ended after {LONGEST_CHECK} seconds"
     except EOFError:
@@ -146,8 +147,10 @@ def _child(results: Connection, plugin: Plugin, environment: dict[str, str], pat
     import torch
 
     torch.set_num_threads(1)
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        report = examine(plugin)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)  # the loggers' streams included
+    os.dup2(silence, 2)
+    report = examine(plugin)
     results.send(report)
 
 
@@ -206,5 +209,5 @@ def _told(report: Report) -> str:
     )
     if not report.broken:
         return f"ok      {report.plugin}: {tests}{seconds}"
-    problems = "".join(f"\n        - {problem}" for problem in report.broken)
+    problems = "".join(indent(f"\n- {problem}", " " * 8) for problem in report.broken)
     return f"broken  {report.plugin}: {tests}{seconds}{problems}"

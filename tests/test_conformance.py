@@ -9,9 +9,19 @@ import pytest
 from lightning_sft.plugin_kinds import KINDS
 from lightning_sft.plugins import discover
 from lightning_sft.testing import AdapterTests, CallbackTests, FormatTests, LossTests
+from lightning_sft_adapters.any_peft import Peft
+from lightning_sft_adapters.freeze import Freeze
 from lightning_sft_adapters.full import Full
 from lightning_sft_adapters.lora import LoRA
+from lightning_sft_adapters.qlora import QLoRA
 from lightning_sft_callbacks.before_after import BeforeAfter
+from lightning_sft_callbacks.behaviour import BiasProbe, FormatProbe, RefusalProbe
+from lightning_sft_callbacks.drift import DriftProbe
+from lightning_sft_callbacks.evaluating import EvaluateDuringFit
+from lightning_sft_callbacks.forgetting import ForgettingProbe
+from lightning_sft_callbacks.generations import SampleGenerations
+from lightning_sft_callbacks.memorization import MemorizationProbe
+from lightning_sft_callbacks.retention_stopping import RetentionStopping
 from lightning_sft_formats.alpaca import Alpaca
 from lightning_sft_formats.columns import Columns
 from lightning_sft_formats.dolly import Dolly
@@ -177,20 +187,97 @@ class TestCrossEntropySmoothed(LossTests):
     options = {"label_smoothing": 0.1}
 
 
-class TestBeforeAfter(CallbackTests):
-    plugin = BeforeAfter
+class TestFreeze(AdapterTests):
+    plugin = Freeze
+
+
+class TestPeft(AdapterTests):
+    plugin = Peft
+    options = {"config": {"class_path": "peft.IA3Config"}}
+
+
+class TestQLoRA(AdapterTests):
+    plugin = QLoRA
+    options = {"r": 4}
+
+
+FILES = {
+    "instructions": {"instruction": "Say yes.", "output": "yes"},
+    "general_text": {"text": "The sky is blue."},
+    "questions": {"question": "The sky?", "choices": ["blue", "red"], "answer": 0},
+    "pairs": {"first": "He is tall.", "second": "She is tall."},
+    "path": {"prompt": "Give JSON.", "format": "json"},
+    "harmful": {"prompt": "Harm."},
+    "harmless": {"prompt": "Help."},
+}
+"""A row for the data file of each option that takes one."""
+
+
+class WithFiles(CallbackTests):
+    """Sets the options that are named in `files` to data files."""
+
+    files: tuple[str, ...] = ()
 
     @pytest.fixture(autouse=True)
-    def files(self, tmp_path):
-        questions = [{"question": "The sky?", "choices": ["blue", "red"], "answer": 0}]
-        for name, rows in (
-            ("instructions", [{"instruction": "Say yes.", "output": "yes"}]),
-            ("general_text", [{"text": "The sky is blue."}]),
-            ("questions", questions),
-        ):
-            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) for row in rows))
-        names = ("instructions", "general_text", "questions")
-        self.options = {name: str(tmp_path / f"{name}.jsonl") for name in names} | {"max_new_tokens": 4}
+    def write_files(self, tmp_path):
+        for name in self.files:
+            (tmp_path / f"{name}.jsonl").write_text(json.dumps(FILES[name]))
+        self.options = {**self.options, **{name: str(tmp_path / f"{name}.jsonl") for name in self.files}}
+
+
+class TestBeforeAfter(WithFiles):
+    plugin = BeforeAfter
+    options = {"max_new_tokens": 4}
+    files = ("instructions", "general_text", "questions")
+
+
+class TestBiasProbe(WithFiles):
+    plugin = BiasProbe
+    files = ("pairs",)
+
+
+class TestFormatProbe(WithFiles):
+    plugin = FormatProbe
+    options = {"max_new_tokens": 4}
+    files = ("path",)
+
+
+class TestRefusalProbe(WithFiles):
+    plugin = RefusalProbe
+    options = {"max_new_tokens": 4}
+    files = ("harmful", "harmless")
+
+
+class TestDriftProbe(CallbackTests):
+    plugin = DriftProbe
+
+
+class TestMemorizationProbe(CallbackTests):
+    plugin = MemorizationProbe
+
+
+class TestSampleGenerations(CallbackTests):
+    plugin = SampleGenerations
+    options = {"prompts": ["Say yes."], "max_new_tokens": 4}
+
+
+class TestForgettingProbe(CallbackTests):
+    plugin = ForgettingProbe
+
+
+class TestRetentionStopping(CallbackTests):
+    plugin = RetentionStopping
+
+    def beside(self):
+        return [ForgettingProbe()]
+
+
+class TestEvaluateDuringFit(CallbackTests):
+    plugin = EvaluateDuringFit
+    options = {
+        "evaluators": [{"class_path": "Perplexity", "init_args": {"path": "tiny:general"}}],
+        "items": 2,
+    }
 
 
 def test_every_first_party_plugin_is_here() -> None:

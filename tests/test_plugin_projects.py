@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,8 +100,21 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in WITH_TEMPLATES:
         write(folder / f"my-{kind}", f"my-{kind}", KINDS[kind])
     projects = [folder / f"my-{kind}" for kind in WITH_TEMPLATES]
+    source = folder / "source"  # building leaves metadata in the source tree, which would grow old there
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "tests", "runs", "build", "*.egg-info"))
     pip = [sys.executable, "-m", "pip"]
-    run(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "wheels", ROOT, *projects, cwd=folder)
+    run(
+        *pip,
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        "wheels",
+        source,
+        *projects,
+        cwd=folder,
+    )
     run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
     python = folder / "venv" / "bin" / "python"
     site = Path(

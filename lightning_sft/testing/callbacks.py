@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_sft.testing.plugin import PluginTests
+from lightning_sft.errors import SFTError
+from lightning_sft.testing.plugin import MissingSample, PluginTests
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -19,15 +21,24 @@ class CallbackTests(PluginTests):
 
     kind = "callbacks"
 
+    def beside(self) -> Sequence[Callback]:
+        """Other callbacks that the run needs; override it where yours goes by what another one measures."""
+        return ()
+
     def test_its_state_comes_back_from_a_checkpoint(self, tmp_path: Path) -> None:
         """After two steps, through a file that is read with `weights_only=True`, into a new instance."""
         callback = self.make()
-        run(callback, tmp_path)
+        try:
+            run(callback, tmp_path, self.beside())
+        except SFTError as error:
+            raise MissingSample(
+                f"the run with {self.plugin.__name__} is refused: {error}; set `options` or override `beside`"
+            ) from error
         check_state(callback, self.make(), tmp_path)
 
 
-def run(callback: Callback, folder: Path) -> None:
-    """Two steps and a validation of the embedded tiny model, with the callback; on the CPU, in `folder`."""
+def run(callback: Callback, folder: Path, beside: Sequence[Callback] = ()) -> None:
+    """Two steps and a validation of the embedded tiny model, with the callbacks; on the CPU, in `folder`."""
     from lightning.pytorch import Trainer
 
     from lightning_sft.data.datamodule import SFTDataModule
@@ -40,7 +51,7 @@ def run(callback: Callback, folder: Path) -> None:
         devices=1,
         max_steps=2,
         val_check_interval=1,
-        callbacks=[callback],
+        callbacks=[*beside, callback],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -35,7 +35,7 @@ class PluginTests:
         """A new instance, made with `options`.
 
         Raises:
-            MissingSample: It needs options that aren't given.
+            MissingSample: It needs options that aren't given, or refuses those that are.
         """
         needed = [
             name
@@ -48,7 +48,13 @@ class PluginTests:
             raise MissingSample(
                 f"{self.plugin.__name__} needs the options {', '.join(needed)}: set `options` in its test class"
             )
-        return made(_config(self.plugin, self.kind, _path(self.plugin), self.options), self.kind)
+        printed = _config(self.plugin, self.kind, _path(self.plugin), self.options)
+        try:
+            return made(printed, self.kind)
+        except SFTError as error:
+            raise MissingSample(
+                f"{self.plugin.__name__} refuses the options {dict(self.options)}: {error}; set `options`"
+            ) from error
 
     def test_it_is_a_complete_class_of_its_kind(self) -> None:
         """It subclasses the kind's base, and leaves nothing abstract."""
@@ -141,6 +147,7 @@ def made(printed: str, kind: str) -> Any:
 
 def _config(plugin: type, kind: str, name: str, options: Mapping[str, object]) -> str:
     """The configuration with this plug-in, printed."""
+    plugins.load_named([str(dict(options))])
     parser = _parser(kind)
     try:
         config = parser.parse_object({"plugin": {"class_path": name, "init_args": dict(options)}})
