@@ -24,7 +24,7 @@ COMMANDS = {
     "verify": "prove that an exported model is the one that was trained",
     "interpolate": "score models between base and tuned, and write one",
     "data": "convert data files from one format to another",
-    "plugins": "list the installed formats, adapters, losses and other plug-ins",
+    "plugins": "list, explain, check and begin formats, adapters, losses and other plug-ins",
 }
 """The commands, with the line on each in the overview."""
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 2 after a mistake of the user's, told on stderr; 130 when interrupted; 1 when the
-        reader of the output has gone away.
+        reader of the output has gone away, or when a plug-in failed, with a line that names it and its traceback.
     """
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -49,6 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _reader_is_gone():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        from lightning_sft.blame import blame
+
+        fault = blame(error)
+        if fault is None:
+            raise
+        _tell(str(fault))
+        print(fault.told, end="", file=sys.stderr)
         return 1
     return 0
 
@@ -77,9 +86,9 @@ def _dispatch(argv: list[str]) -> None:
     elif command == "--version":
         print(f"lightning-sft {__version__}")
     elif command == "plugins":
-        from lightning_sft.plugins_command import command as list_plugins
+        from lightning_sft.plugins_command import command as plugins
 
-        list_plugins(argv[1:])
+        plugins(argv[1:])
     elif command == "data":
         from lightning_sft.data_command import command as data
 

@@ -1,6 +1,7 @@
 """The abstract bases that plug-ins subclass.
 
-A plug-in's typed `__init__` parameters with their docstrings are its options in YAML and in `--help`.
+A plug-in's typed `__init__` parameters with their docstrings are its options in YAML and in `--help`. A class that
+renames one keeps the old key working, with a warning, by a class attribute: `renamed_options = {"old": "new"}`.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_sft import assets, command_line, plugins, resume, run_folder
 from lightning_sft.bases import Evaluator
+from lightning_sft.blame import blame
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.sources import Source
 from lightning_sft.errors import SFTError
@@ -67,6 +68,13 @@ class SFTCommand(LightningCLI):
             if isinstance(error, SFTError):
                 raise command_line.in_config(error, argv) from error
             begun = self.writer is not None and self.writer.started
+            fault = blame(error)
+            if fault is not None and fault.in_constructor and isinstance(error, ValueError):
+                raise SFTError(
+                    str(fault), fix="change its options; `lightning-sft plugins NAME` shows them"
+                ) from error
+            if fault is not None:
+                raise
             if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError) and not begun):
                 raise SFTError(
                     str(error), where="trainer", fix="change the trainer's options; --help lists them"

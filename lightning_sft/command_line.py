@@ -10,12 +10,14 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
 from lightning_sft import plugins
 from lightning_sft.errors import SFTError
+from lightning_sft.plugin_kinds import KINDS
+from lightning_sft.renamed import add_renamed
 
 _KEY = re.compile(r'(?:Parser key|[Kk]ey) "?\'?([\w.]+)')
 _UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --([\w.]+)|accept option '([\w.]+)'")
@@ -31,12 +33,38 @@ _UNKNOWN_INIT_ARG = re.compile(
 _BASE = re.compile(r"lightning_sft\.bases\.(\w+)")
 _NO_OPTION = re.compile(r"no option is named '([\w.]+)'")
 _ABSENT = object()
+_UNION_TRIED = "Does not validate against any of the Union subtypes"
 _LIGHTNING_BASE = re.compile(r"<class '(lightning\.[\w.]+)'>")
-_KINDS = {"DataFormat": "formats", "Adapter": "adapters", "Loss": "losses", "Evaluator": "evaluators"}
+_KINDS = {kind.base.rpartition(":")[2]: kind.name for kind in KINDS.values()}
 
 
 class CommandParser(ArgumentParser):
-    """A jsonargparse parser with errors in a sentence or two, without the usage and the search for a type."""
+    """A jsonargparse parser with errors in a sentence or two, without the usage and the search for a type.
+
+    The old names of renamed options (`renamed_options` of a class) keep working, with a warning.
+    """
+
+    def add_class_arguments(self, theclass: type, nested_key: str | None = None, **kwargs: Any) -> list[str]:
+        """The options of a class, also under the names that they had before."""
+        added: list[str] = super().add_class_arguments(theclass, nested_key, **kwargs)
+        add_renamed(self, theclass, nested_key)
+        return added
+
+    def instantiate(self, *args: Any, **kwargs: Any) -> Any:
+        """The objects of a configuration.
+
+        Raises:
+            Exception: What a constructor raised, not jsonargparse's account of the types that it has tried then.
+        """
+        try:
+            return super().instantiate(*args, **kwargs)
+        except ValueError as error:
+            raised: BaseException = error
+            while str(raised).startswith(_UNION_TRIED) and raised.__cause__ is not None:
+                raised = raised.__cause__
+            if raised is error:
+                raise
+            raise raised from None
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong and what to do; `main` prints it and exits with 2."""

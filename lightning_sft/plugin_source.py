@@ -47,6 +47,12 @@ def read_source(plugin: Plugin) -> SourceReport:
     return SourceReport(" ".join(docstring.strip().split("\n\n")[0].split()))
 
 
+def imported_by(plugin: Plugin) -> set[str]:
+    """The top-level packages that a plug-in's module, and the packages around it, import when they are imported."""
+    trees = [tree for _, tree in _trees(plugin.target.partition(":")[0]) if tree is not None]
+    return {head for tree in trees for node in tree.body for head in _heads(node)}
+
+
 def _docstring(module: str, name: str) -> str:
     """The docstring of a module's class, also where the module imports that from another; "" if unseen."""
     *_, (spec, tree) = _trees(module)
@@ -114,11 +120,14 @@ def _spec_in(folder: str, name: str) -> ModuleSpec | None:
 def _missing(tree: ast.Module) -> Iterator[str]:
     """The top-level packages that a module can't be imported without and that aren't there."""
     for node in tree.body:
-        match node:
-            case ast.Import(names=names):
-                heads = [alias.name.partition(".")[0] for alias in names]
-            case ast.ImportFrom(module=str(source), level=0):
-                heads = [source.partition(".")[0]]
-            case _:
-                heads = []
-        yield from (head for head in heads if find_spec(head) is None)
+        yield from (head for head in _heads(node) if find_spec(head) is None)
+
+
+def _heads(node: ast.stmt) -> list[str]:
+    """The top-level packages that an import statement imports."""
+    match node:
+        case ast.Import(names=names):
+            return [alias.name.partition(".")[0] for alias in names]
+        case ast.ImportFrom(module=str(source), level=0):
+            return [source.partition(".")[0]]
+    return []

@@ -32,11 +32,17 @@ def install(
     entry_points: Mapping[str, Mapping[str, str]],
     modules: Mapping[str, str],
     version: str = "2.5",
+    requires: str = "",
 ) -> Path:
-    """Write the modules (name → source) and metadata (group → name → target); returns the folder."""
+    """Write the modules (name → source) and metadata (group → name → target); returns the folder.
+
+    `requires` is a line of `Requires-Dist`.
+    """
     info = folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+    metadata = [f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"]
+    metadata += [f"Requires-Dist: {requires}\n"] if requires else []
+    (info / "METADATA").write_text("".join(metadata))
     sections = [
         "\n".join([f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())])
         for group, entries in entry_points.items()
@@ -47,7 +53,9 @@ def install(
     return folder
 
 
-def install_format(folder: Path, distribution: str, name: str, module: str, version: str = "2.5") -> Path:
+def install_format(
+    folder: Path, distribution: str, name: str, module: str, version: str = "2.5", requires: str = ""
+) -> Path:
     """A distribution with one working format."""
     return install(
         folder,
@@ -55,6 +63,18 @@ def install_format(folder: Path, distribution: str, name: str, module: str, vers
         {"lightning_sft.formats": {name: f"{module}:{name}"}},
         {module: FORMAT_SOURCE.format(name=name)},
         version,
+        requires,
+    )
+
+
+def install_class(folder: Path, kind: str, source: str, name: str = "Odd", **options: str) -> Path:
+    """The distribution `odd-plugins` with one plug-in, in the module `odd_mod`."""
+    return install(
+        folder,
+        "odd-plugins",
+        {f"lightning_sft.{kind}": {name: f"odd_mod:{name}"}},
+        {"odd_mod": source},
+        **options,
     )
 
 

@@ -6,9 +6,15 @@ import json
 import re
 import shlex
 import shutil
+import sys
+import tomllib
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from inspect import signature
 from pathlib import Path
 
 import pytest
+from stranger import install
 
 from lightning_sft.__main__ import main
 
@@ -40,38 +46,105 @@ def test_the_commands_of_the_page_run(page, tmp_path, monkeypatch, model_folder,
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in [*PAGES, "docs/quickstart.md", "docs/speed.md", "docs/decisions.md", "CHANGELOG.md"]:
+    for page in [
+        *PAGES,
+        "docs/quickstart.md",
+        "docs/speed.md",
+        "docs/python.md",
+        "docs/decisions.md",
+        "CHANGELOG.md",
+    ]:
         text = (ROOT / page).read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!http)([^)#]+)", text):
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
 
 
-def test_the_format_of_the_plugin_guide_works():
-    code = re.search(
-        r"```python\n(.*?)```", (ROOT / "docs/plugins.md").read_text(encoding="utf-8"), re.DOTALL
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.fixture
+def guide(tmp_path, monkeypatch):
+    """The project of the author's guide, installed: a folder with every code block under the name in its first line."""
+    for block in [
+        block for language in ("python", "toml", "yaml") for block in blocks("docs/plugins.md", language)
+    ]:
+        name = re.match(r"# (\S+)\n", block)
+        assert name, f"the block says no file name:\n{block}"
+        path = tmp_path / name.group(1)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(block)
+    project = tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]
+    install(
+        tmp_path, project["name"], project["entry-points"], {}, project["version"], project["dependencies"][0]
     )
-    assert code is not None
-    names: dict[str, object] = {}
-    exec(code.group(1), names)
-    format = names["QuestionAnswer"](language="en")
-    (conversation,) = format.convert({"question": "a?", "answer": "b", "language": "en"})
-    assert [m.content for m in conversation.messages] == ["a?", "b"]
-    assert not list(format.convert({"question": "a?", "answer": "b", "language": "de"}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("my_plugins", "guide_tests")]:
+        del sys.modules[name]
 
 
-def test_the_loss_of_the_plugin_guide_is_what_it_says():
+def test_the_guides_plugins_are_found_and_pass_their_tests(guide, tmp_path_factory, capsys):
+    assert main(["plugins", "QuestionAnswer"]) == 0
+    assert "--language LANGUAGE" in capsys.readouterr().out
+    spec = spec_from_file_location("guide_tests", guide / "tests" / "test_plugins.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    ran = 0
+    for tests in (module.TestQuestionAnswer, module.TestStopWhenLearned):
+        for name in [name for name in dir(tests) if name.startswith("test_")]:
+            method = getattr(tests(), name)
+            method(*[tmp_path_factory.mktemp("law") for _ in signature(method).parameters])
+            ran += 1
+    assert ran == 16
+
+
+def test_the_guides_run_leaves_out_other_languages_and_stops_when_it_has_learned(guide, capsys):
+    rows = [{"question": f"{n}?", "answer": f"{n}.", "language": "de" if n == 3 else "en"} for n in range(6)]
+    (guide / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["fit", "--config", "run.yaml"]) == 0
+    ledger = json.loads((guide / "runs/run-1/ledger.json").read_text())["train"]
+    assert (ledger["sources"][0]["rows"], ledger["examples"]) == (6, 5)
+    assert len((guide / "runs/run-1/metrics.csv").read_text().splitlines()) == 1 + 3
+
+
+def test_the_loss_of_the_plugin_guide_is_what_it_says(guide):
     import torch
 
     from lightning_sft import TokenBatch
 
-    text = (ROOT / "docs/plugins.md").read_text(encoding="utf-8")
-    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Loss" in block)
-    names: dict[str, object] = {}
-    exec(code, names)
+    focal = import_module("my_plugins.renamed").Sharper(gamma=1.5)
     logits, targets = torch.randn(5, 7), torch.arange(5)
     p = logits.softmax(-1)[torch.arange(5), targets]
-    found = names["Focal"](gamma=1.5).per_token(TokenBatch(logits, targets, torch.ones(5)))
+    found = focal.per_token(TokenBatch(logits, targets, torch.ones(5)))
     assert torch.allclose(found, -((1 - p) ** 1.5) * p.log(), atol=1e-6)
+
+
+def test_the_option_that_the_guide_renames_keeps_its_old_name(guide, capsys):
+    loss = import_module("my_plugins.renamed").Sharper
+    argv = [
+        "--model.base=tiny",
+        "--data.train=x.jsonl",
+        "--model.loss=my_plugins.renamed.Sharper",
+        "--model.loss.focus=3",
+    ]
+    with pytest.warns(FutureWarning, match="the option focus is now called gamma"), pytest.raises(SystemExit):
+        main(["fit", *argv, "--print_config"])
+    assert "gamma: 3.0" in capsys.readouterr().out
+    assert loss.renamed_options == {"focus": "gamma"}
+
+
+def test_the_python_guide_works_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "guide"}
+    for block in blocks("docs/python.md", "python"):
+        exec(block, names)
+    out = capsys.readouterr().out
+    assert "32 rows, 32 examples" in out
+    assert re.search(r"^<\|im_end\|> +trained$", out, re.MULTILINE)
+    assert names["model"].peft_config["default"].r == 8
 
 
 def test_the_evaluator_of_the_evaluation_guide_works():

@@ -181,6 +181,7 @@ def test_plugins_lists_a_strangers_plugin_with_the_first_paragraph_of_its_docstr
         "target": "odd_formats:Odd",
         "distribution": "stranger-formats",
         "version": "2.5",
+        "requires": "",
         "description": "Rows with a text, the stranger's way.",
         "state": "ok",
     }

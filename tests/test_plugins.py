@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -299,3 +301,20 @@ def test_importing_the_package_and_discovering_imports_no_framework(tmp_path: Pa
         print({heavy} & set(sys.modules))
     """
     assert run_python(code, tmp_path).strip() == "set()"
+
+
+def test_two_hundred_more_plugins_add_little_to_the_listing(site: Path) -> None:
+    from lightning_sft.plugins_command import listings
+
+    def seconds() -> float:
+        began = time.process_time()
+        listings()
+        return time.process_time() - began
+
+    listings()
+    before = min(seconds() for _ in range(3))
+    for n in range(200):
+        install_format(site, f"stranger-{n}", f"Stranger{n}", f"stranger_{n}", requires="lightning-sft>=0.1")
+    importlib.invalidate_caches()
+    assert len([line for line in listings() if line.distribution.startswith("stranger-")]) == 200
+    assert min(seconds() for _ in range(3)) - before < 0.2

@@ -1,0 +1,288 @@
+"""Every first-party plug-in passes the conformance kit, as a stranger's has to."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lightning_sft.plugin_kinds import KINDS
+from lightning_sft.plugins import discover
+from lightning_sft.testing import AdapterTests, CallbackTests, FormatTests, LossTests
+from lightning_sft_adapters.any_peft import Peft
+from lightning_sft_adapters.freeze import Freeze
+from lightning_sft_adapters.full import Full
+from lightning_sft_adapters.lora import LoRA
+from lightning_sft_adapters.qlora import QLoRA
+from lightning_sft_callbacks.before_after import BeforeAfter
+from lightning_sft_callbacks.behaviour import BiasProbe, FormatProbe, RefusalProbe
+from lightning_sft_callbacks.drift import DriftProbe
+from lightning_sft_callbacks.evaluating import EvaluateDuringFit
+from lightning_sft_callbacks.forgetting import ForgettingProbe
+from lightning_sft_callbacks.generations import SampleGenerations
+from lightning_sft_callbacks.memorization import MemorizationProbe
+from lightning_sft_callbacks.retention_stopping import RetentionStopping
+from lightning_sft_formats.alpaca import Alpaca
+from lightning_sft_formats.columns import Columns
+from lightning_sft_formats.dolly import Dolly
+from lightning_sft_formats.flan import Flan
+from lightning_sft_formats.lima import Lima
+from lightning_sft_formats.messages import Messages
+from lightning_sft_formats.oasst import OASST
+from lightning_sft_formats.prompt_completion import PromptCompletion
+from lightning_sft_formats.raw_text import RawText
+from lightning_sft_formats.segments import Segments
+from lightning_sft_formats.self_instruct import SelfInstruct
+from lightning_sft_formats.sharegpt import ShareGPT
+from lightning_sft_losses.cross_entropy import CrossEntropy
+
+WEATHER = {"function": {"name": "weather", "arguments": '{"city": "Bath"}'}, "id": "1", "type": "function"}
+
+
+class TestAlpaca(FormatTests):
+    plugin = Alpaca
+    rows = (
+        {"instruction": "Say hello.", "input": "", "output": "Hello."},
+        {
+            "instruction": "Add.",
+            "input": "1 2",
+            "output": "3",
+            "system": "Be short.",
+            "history": [["Hi", "Ho"]],
+        },
+    )
+    bad_rows = (
+        {"instruction": "Say hello.", "output": ""},
+        {"instruction": "Say", "output": 3},
+        {"output": "x"},
+    )
+
+
+class TestColumns(FormatTests):
+    plugin = Columns
+    options = {"assistant": "{{ answer }}", "user": "{{ question }}?", "task": "{{ task }}"}
+    rows = ({"question": "Why", "answer": "So.", "task": "qa"},)
+    bad_rows = ({"question": "Why", "answer": "", "task": "qa"}, {"answer": "So.", "task": "qa"})
+
+
+class TestDolly(FormatTests):
+    plugin = Dolly
+    rows = ({"instruction": "When?", "context": "It was 1984.", "response": "In 1984.", "category": "qa"},)
+    bad_rows = ({"instruction": "When?", "context": "", "response": ""},)
+
+
+class TestFlan(FormatTests):
+    plugin = Flan
+    options = {"templates": {"nli": [{"inputs": "{{ premise }}?", "targets": "{{ label }}"}]}}
+    rows = (
+        {"premise": "It rains", "label": "yes", "task_name": "nli"},
+        {"inputs": "1 + 1", "targets": "2", "task_name": "sums"},
+    )
+    bad_rows = ({"inputs": "1 + 1", "targets": ""}, {"label": "yes", "task_name": "nli"})
+
+
+class TestLima(FormatTests):
+    plugin = Lima
+    rows = ({"conversations": ["Hi", "Ho", "Why?", "So."], "source": "forum"},)
+    bad_rows = ({"conversations": []}, {"conversations": "Hi"})
+
+
+class TestMessages(FormatTests):
+    plugin = Messages
+    rows = (
+        {
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Ho", "weight": 0.5},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "Rain?"},
+                {"role": "assistant", "content": None, "tool_calls": [WEATHER]},
+                {"role": "tool", "content": "wet", "tool_call_id": "1"},
+                {"role": "assistant", "content": "Yes.", "reasoning_content": "It says wet."},
+            ],
+            "tools": [{"type": "function", "function": {"name": "weather"}}],
+        },
+    )
+    bad_rows = ({"messages": [{"role": "wizard", "content": "Hi"}]}, {"messages": []})
+
+
+class TestOASST(FormatTests):
+    plugin = OASST
+    rows = (
+        {"message_id": "p", "parent_id": None, "text": "Why?", "role": "prompter"},
+        {"message_id": "a", "parent_id": "p", "text": "So.", "role": "assistant"},
+    )
+    bad_rows = (rows[1], rows[0] | {"message_id": None})
+
+
+class TestPromptCompletion(FormatTests):
+    plugin = PromptCompletion
+    rows = (
+        {"prompt": "1 + 1 =", "completion": " 2"},
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+    )
+    bad_rows = ({"prompt": "1 + 1 =", "completion": ""}, {"prompt": 1, "completion": "2"})
+
+
+class TestRawText(FormatTests):
+    plugin = RawText
+    rows = ({"text": "Once upon a time"},)
+    bad_rows = ({"text": 3}, {"text": None})
+
+
+class TestSegments(FormatTests):
+    plugin = Segments
+    rows = ({"segments": [{"text": "Q: why? ", "label": False}, {"text": "A: so.", "label": True}]},)
+    bad_rows = ({"segments": "Q"}, {"segments": [{"label": True}]})
+
+
+class TestSelfInstruct(FormatTests):
+    plugin = SelfInstruct
+    rows = ({"instruction": "Add.", "instances": [{"input": "1 2", "output": "3"}], "name": "sums"},)
+    bad_rows = (
+        {"instruction": "Add.", "instances": []},
+        {"instruction": "Add.", "instances": [{"input": "1"}]},
+    )
+
+
+class TestShareGPT(FormatTests):
+    plugin = ShareGPT
+    rows = ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},)
+    bad_rows = ({"conversations": [{"from": "wizard", "value": "Hi"}]}, {"conversations": []})
+
+
+class TestFull(AdapterTests):
+    plugin = Full
+
+
+class TestLoRA(AdapterTests):
+    plugin = LoRA
+
+
+class TestLoRAOfEverything(AdapterTests):
+    plugin = LoRA
+    options = {
+        "r": 2,
+        "rslora": True,
+        "dora": True,
+        "modules_to_save": ["lm_head"],
+        "target_modules": ["q_proj"],
+    }
+
+
+class TestCrossEntropy(LossTests):
+    plugin = CrossEntropy
+
+
+class TestCrossEntropySmoothedWithZLoss(LossTests):
+    plugin = CrossEntropy
+    options = {"label_smoothing": 0.1, "z_loss": 0.01}
+
+
+class TestCrossEntropySmoothed(LossTests):
+    plugin = CrossEntropy
+    options = {"label_smoothing": 0.1}
+
+
+class TestFreeze(AdapterTests):
+    plugin = Freeze
+
+
+class TestPeft(AdapterTests):
+    plugin = Peft
+    options = {"config": {"class_path": "peft.IA3Config"}}
+
+
+class TestQLoRA(AdapterTests):
+    plugin = QLoRA
+    options = {"r": 4}
+
+
+FILES = {
+    "instructions": {"instruction": "Say yes.", "output": "yes"},
+    "general_text": {"text": "The sky is blue."},
+    "questions": {"question": "The sky?", "choices": ["blue", "red"], "answer": 0},
+    "pairs": {"first": "He is tall.", "second": "She is tall."},
+    "path": {"prompt": "Give JSON.", "format": "json"},
+    "harmful": {"prompt": "Harm."},
+    "harmless": {"prompt": "Help."},
+}
+"""A row for the data file of each option that takes one."""
+
+
+class WithFiles(CallbackTests):
+    """Sets the options that are named in `files` to data files."""
+
+    files: tuple[str, ...] = ()
+
+    @pytest.fixture(autouse=True)
+    def write_files(self, tmp_path):
+        for name in self.files:
+            (tmp_path / f"{name}.jsonl").write_text(json.dumps(FILES[name]))
+        self.options = {**self.options, **{name: str(tmp_path / f"{name}.jsonl") for name in self.files}}
+
+
+class TestBeforeAfter(WithFiles):
+    plugin = BeforeAfter
+    options = {"max_new_tokens": 4}
+    files = ("instructions", "general_text", "questions")
+
+
+class TestBiasProbe(WithFiles):
+    plugin = BiasProbe
+    files = ("pairs",)
+
+
+class TestFormatProbe(WithFiles):
+    plugin = FormatProbe
+    options = {"max_new_tokens": 4}
+    files = ("path",)
+
+
+class TestRefusalProbe(WithFiles):
+    plugin = RefusalProbe
+    options = {"max_new_tokens": 4}
+    files = ("harmful", "harmless")
+
+
+class TestDriftProbe(CallbackTests):
+    plugin = DriftProbe
+
+
+class TestMemorizationProbe(CallbackTests):
+    plugin = MemorizationProbe
+
+
+class TestSampleGenerations(CallbackTests):
+    plugin = SampleGenerations
+    options = {"prompts": ["Say yes."], "max_new_tokens": 4}
+
+
+class TestForgettingProbe(CallbackTests):
+    plugin = ForgettingProbe
+
+
+class TestRetentionStopping(CallbackTests):
+    plugin = RetentionStopping
+
+    def beside(self):
+        return [ForgettingProbe()]
+
+
+class TestEvaluateDuringFit(CallbackTests):
+    plugin = EvaluateDuringFit
+    options = {
+        "evaluators": [{"class_path": "Perplexity", "init_args": {"path": "tiny:general"}}],
+        "items": 2,
+    }
+
+
+def test_every_first_party_plugin_is_here() -> None:
+    tested = {
+        each.plugin for each in globals().values() if isinstance(each, type) and hasattr(each, "plugin")
+    }
+    ours = [plugin for plugin in discover() if plugin.distribution == "lightning-sft"]
+    assert {plugin.load() for plugin in ours if KINDS[plugin.kind].tests} == tested
