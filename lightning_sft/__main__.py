@@ -17,9 +17,12 @@ COMMANDS = {
     "validate": "measure the loss on the validation rows of the same YAML",
     "test": "measure the loss on the test rows of the same YAML",
     "evaluate": "score a trained model, or its base, on benchmarks and text",
+    "plan": "tell memory, steps and time of a run on named GPUs before anything runs",
     "preview": "show what is trained of each example, and why, without loading the model",
     "generate": "let the model of a run or model folder answer a prompt",
     "export": "write the trained model of a run folder as one that transformers loads",
+    "verify": "prove that an exported model is the one that was trained",
+    "interpolate": "score models between base and tuned, and write one",
     "data": "convert data files from one format to another",
     "plugins": "list, explain, check and begin formats, adapters, losses and other plug-ins",
 }
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def overview() -> str:
     """What bare `lightning-sft` prints: the commands, two examples and where to read on."""
-    commands = "\n".join(f"  {name:<10}{line}" for name, line in COMMANDS.items())
+    commands = "\n".join(f"  {name:<12}{line}" for name, line in COMMANDS.items())
     return f"""\
 lightning-sft {__version__}: supervised fine-tuning of causal language models on PyTorch Lightning
 
@@ -94,6 +97,10 @@ def _dispatch(argv: list[str]) -> None:
         from lightning_sft.cli import run
 
         run(argv)
+    elif command == "plan":
+        from lightning_sft.planning.command import command as plan
+
+        plan(argv[1:])
     elif command == "preview":
         from lightning_sft.preview import command as preview
 
@@ -106,6 +113,14 @@ def _dispatch(argv: list[str]) -> None:
         from lightning_sft.export import command as export
 
         export(argv[1:])
+    elif command == "interpolate":
+        from lightning_sft.interpolate import command as interpolate
+
+        interpolate(argv[1:])
+    elif command == "verify":
+        from lightning_sft.verify import command as verify
+
+        verify(argv[1:])
     else:
         raise _unknown(command)
 
