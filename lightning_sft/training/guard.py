@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -29,6 +30,8 @@ from lightning_sft.errors import SFTError
 from lightning_sft.training import memory
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
     from lightning_sft.data.batch import Batch
     from lightning_sft.training.module import SFTModule
 
@@ -71,6 +74,7 @@ class Watch:
         self.skipped = 0
         """Steps that were left out so far."""
         self._in_a_row = 0
+        self._norm: Tensor | None = None
         self._window: list[tuple[tuple[Meta, ...], Tensor]] = []
         self._pending: list[_Step] = []
 
@@ -99,7 +103,11 @@ class Watch:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         bad = ~losses.isfinite().all()
         if scaler is None:
-            bad = bad | ~torch.nn.utils.get_total_norm(gradients, float("inf")).isfinite()
+            # Clipping needs the same norm: it is computed once.
+            shared = _clips_whole_norm(trainer)
+            norm = torch.nn.utils.get_total_norm(gradients, 2.0 if shared else float("inf"))
+            bad = bad | ~norm.isfinite()
+            self._norm = norm if shared else None
         if trainer.world_size > 1:
             reduced = trainer.strategy.reduce(bad.float(), reduce_op="sum")
             bad = cast(Tensor, reduced) > 0
@@ -117,6 +125,11 @@ class Watch:
                 optimizer.zero_grad(set_to_none=True)
         if self.policy == "skip":
             module.log("train/skipped_steps", float(self.skipped), batch_size=1)
+
+    def take_norm(self) -> Tensor | None:
+        """The norm of all gradients of the step at hand, if clipping is to take it from here."""
+        norm, self._norm = self._norm, None
+        return norm
 
     def settle(self, module: LightningModule) -> bool:
         """Read which of the steps since the last time were bad, and follow the policy.
@@ -188,6 +201,20 @@ class GuardedModule(LightningModule):
         """Keep bad numbers from the weights."""
         self.watch.before_step(self, optimizer)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, by the norm that the look for bad numbers has found."""
+        norm = self.watch.take_norm()
+        if norm is None or not gradient_clip_val:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
     def on_validation_start(self) -> None:
         """Stop before validation if a step was bad."""
         super().on_validation_start()
@@ -197,6 +224,13 @@ class GuardedModule(LightningModule):
         """Stop before the epoch's checkpoint if a step was bad."""
         super().on_train_epoch_end()
         self.watch.settle(self)
+
+
+def _clips_whole_norm(trainer: Trainer) -> bool:
+    """Whether gradients are clipped by their norm, and this process has them whole."""
+    value, algorithm = vars(trainer)["gradient_clip_val"], vars(trainer)["gradient_clip_algorithm"]
+    whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+    return bool(value) and algorithm in (None, "norm") and whole
 
 
 def _unscales_itself(optimizer: Optimizer) -> bool:
