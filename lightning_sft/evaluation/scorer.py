@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_sft.example import Example
+from lightning_sft.training.fsdp2 import as_forward, is_sharded
 from lightning_sft.training.layout import causal_lm, evaluating, hidden_states, stock_attention
 
 if TYPE_CHECKING:
+    from lightning_sft.data.batch import Batch
+    from lightning_sft.training.layout import Layout
     from lightning_sft.training.module import SFTModule
 
 
 class Scorer:
     """Asks a model, without touching its training: no gradients, no dropout, no random numbers.
+
+    With a sharded model (FSDP2) every rank has to ask, and the same.
 
     Args:
         module: The module whose model is asked.
@@ -37,15 +44,9 @@ class Scorer:
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
                 batch = layout.collate([examples[i] for i in chosen], 1.0).to(self.module.device)
-                hidden = hidden_states(self.module.loaded, batch, own_logits=layout.own_logits)
+                nll = as_forward(self.module.loaded, partial(_nll, self.module.loaded, batch, layout))
                 counts = torch.tensor([int((examples[i].weights[1:] > 0).sum()) for i in chosen])
-                owner = torch.arange(len(chosen)).repeat_interleave(counts).to(hidden.device)
-                nll = torch.cat(
-                    [
-                        F.cross_entropy(layout.head(h), t, reduction="none")
-                        for h, t in zip(hidden.split(512), batch.targets.split(512), strict=True)
-                    ]
-                )
+                owner = torch.arange(len(chosen)).repeat_interleave(counts).to(nll.device)
                 sums = torch.zeros(len(chosen), dtype=nll.dtype, device=nll.device)
                 sums.index_add_(0, owner, nll * batch.weights.to(nll.dtype))
                 for index, total in zip(chosen, sums.tolist(), strict=True):
@@ -75,15 +76,25 @@ class Scorer:
                 mask = torch.tensor(
                     [[0] * (longest - len(encoded[i])) + [1] * len(encoded[i]) for i in chosen]
                 )
-                out = causal_lm(model).generate(
+                generate = partial(
+                    causal_lm(model).generate,
                     input_ids=ids.to(self.module.device),
                     attention_mask=mask.to(self.module.device),
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     eos_token_id=stops,
                     pad_token_id=pad,
+                    synced_gpus=is_sharded(model),  # a rank that is done goes on until all are
                 )
+                out = as_forward(model, generate)
                 texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
                 for index, text in zip(chosen, texts, strict=True):
                     answers[index] = text
         return answers
+
+
+def _nll(model: nn.Module, batch: Batch, layout: Layout) -> Tensor:
+    """−log p of each target of the batch: `[n]`."""
+    hidden = hidden_states(model, batch, own_logits=layout.own_logits)
+    chunks = zip(hidden.split(512), batch.targets.split(512), strict=True)
+    return torch.cat([F.cross_entropy(layout.head(h), t, reduction="none") for h, t in chunks])

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from lightning_sft.conversation import Meta
 from lightning_sft.errors import SFTError
 from lightning_sft.training import memory
+from lightning_sft.training.fsdp2 import whole
 
 if TYPE_CHECKING:
     from lightning_sft.data.batch import Batch
@@ -99,7 +100,7 @@ class Watch:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         bad = ~losses.isfinite().all()
         if scaler is None:
-            bad = bad | ~torch.nn.utils.get_total_norm(gradients, float("inf")).isfinite()
+            bad = bad | ~whole(torch.nn.utils.get_total_norm(gradients, float("inf"))).isfinite()
         if trainer.world_size > 1:
             reduced = trainer.strategy.reduce(bad.float(), reduce_op="sum")
             bad = cast(Tensor, reduced) > 0
@@ -216,8 +217,9 @@ def refuse_bad_weights(module: LightningModule) -> None:
         SFTError: A parameter that is trained holds NaN or an infinite value.
     """
     trained = [p.detach() for p in module.parameters() if p.requires_grad]
-    if not torch.nn.utils.get_total_norm(trained, float("inf")).isfinite():
-        names = [n for n, p in module.named_parameters() if p.requires_grad and not p.isfinite().all()]
+    if not whole(torch.nn.utils.get_total_norm(trained, float("inf"))).isfinite():
+        parameters = [(n, p.detach()) for n, p in module.named_parameters() if p.requires_grad]
+        names = [n for n, p in parameters if not whole(p).isfinite().all()]
         raise SFTError(
             f"{len(names)} of the trained parameters hold NaN or infinite values, so they are not written "
             f"(the first: {names[0]})",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_sft.errors import SFTError
+from lightning_sft.training.fsdp2 import local
 from lightning_sft.training.head import CHUNK
 from lightning_sft.training.layout import causal_lm
 
@@ -81,7 +82,9 @@ def estimate(module: SFTModule, batch: Batch | None) -> dict[str, float]:
     37 H bytes, and Korthikanti et al. (2022) count 34 H without the attention matrix. Recomputing keeps H
     values a layer and the whole of one layer. AdamW has two averages of each parameter that is trained.
     """
-    parameters = [(p.numel(), p.element_size(), p.requires_grad) for p in module.loaded.parameters()]
+    parameters = [
+        (local(p.detach()).numel(), p.element_size(), p.requires_grad) for p in module.loaded.parameters()
+    ]
     config = module.base_config.get_text_config()
     hidden = getattr(config, "hidden_size", 0)
     layers = getattr(config, "num_hidden_layers", 0)

@@ -16,7 +16,10 @@ from lightning_sft.bases import Adapter, Loss
 from lightning_sft.errors import SFTError
 from lightning_sft.rendering import Renderer, RenderPolicies
 from lightning_sft.training import schedule as schedules
+from lightning_sft.training import strategies
 from lightning_sft.training.compiling import compile_blocks
+from lightning_sft.training.fingerprint import frozen_digest
+from lightning_sft.training.fsdp2 import as_forward, shard, whole_parameters
 from lightning_sft.training.guard import GuardedModule, OnBadLoss, Watch, refuse_bad_weights
 from lightning_sft.training.head import NLL, weighted_loss
 from lightning_sft.training.layout import Layout, causal_lm, find_layout, hidden_states, stock_attention
@@ -164,7 +167,9 @@ class SFTModule(GuardedModule, Resumable):
     @cached_property
     def layout(self) -> Layout:
         """How this model takes its batches; found by trying it when first asked."""
-        layout = find_layout(self.loaded, int(self.tokenizer.pad_token_id))
+        pad_id = int(self.tokenizer.pad_token_id)
+        with torch.no_grad():
+            layout = as_forward(self.loaded, lambda: find_layout(self.loaded, pad_id))
         if layout.padded_because:
             rank_zero_info(f"Rows are padded, not flattened: {layout.padded_because}.")
         if self.compiled:
@@ -190,6 +195,8 @@ class SFTModule(GuardedModule, Resumable):
         """
         if self.model is not None:
             return
+        if self._trainer is not None:
+            strategies.check(self.trainer, self.adapter)
         model = load_model(
             self.base,
             dtype=self._weights_dtype(),
@@ -210,6 +217,8 @@ class SFTModule(GuardedModule, Resumable):
         self.router = router_loss(self.model, self.router_aux_loss)
         if self.gradient_checkpointing:
             checkpoint_layers(self.model)
+        self.frozen = frozen_digest(self)
+        shard(self)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Moved, never cast: Lightning's `*-true` precisions would round metric sums, RoPE tables and adapters.
@@ -227,8 +236,16 @@ class SFTModule(GuardedModule, Resumable):
         return _PRECISION_DTYPES.get(precision, torch.float32)
 
     def export(self, folder: Path) -> None:
-        """Write the adapter or model with tokenizer, chat template and generation config to `folder`."""
+        """Write the adapter or model with tokenizer, chat template and generation config to `folder`.
+
+        Rank 0 writes; the other ranks of a sharded model have to call this, too.
+        """
         refuse_bad_weights(self)
+        with whole_parameters(self.loaded):
+            if self.global_rank == 0:
+                self._write(folder)
+
+    def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         generation = causal_lm(self.loaded).generation_config
         generation.eos_token_id = list(self.renderer.stop_token_ids)
@@ -262,9 +279,14 @@ class SFTModule(GuardedModule, Resumable):
         """Σ weight · loss over the batch's targets: a scalar, in at least float32."""
         router = self.router if torch.is_grad_enabled() else None
         self.watch.batch = batch
+        layout = self.layout
+
+        def compute() -> Tensor:
+            hidden = hidden_states(self.loaded, batch, own_logits=layout.own_logits, router=router)
+            return weighted_loss(hidden, batch.targets, batch.weights, layout.head, loss)
+
         with explained(self):
-            hidden = hidden_states(self.loaded, batch, own_logits=self.layout.own_logits, router=router)
-            return weighted_loss(hidden, batch.targets, batch.weights, self.layout.head, loss)
+            return as_forward(self.loaded, compute)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The micro-batch's share of the step's loss, scaled so that gradients add up to d(Σ w·loss / N).

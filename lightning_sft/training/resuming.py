@@ -34,6 +34,8 @@ class Resumable(LightningModule):
         self.exact_resume = True
         """Whether `fit` from a checkpoint must be the run that made it. If not, it may differ in the steps to
         come (rate, schedule, length, loss), but not in what has been done (data, order, base, adapter)."""
+        self.frozen: str | None = None
+        """The digest of the frozen weights as they were loaded, whole; see `fingerprint.frozen_digest`."""
         self._resumed_run: dict[str, Any] | None = None
         self._facts: dict[str, fingerprint.Facts] = {}
 
