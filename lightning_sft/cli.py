@@ -123,7 +123,7 @@ class SFTCommand(LightningCLI):
             return
         if self.resumed is not None and self.resumed.folder is not None:
             trainer.default_root_dir = str(self.resumed.folder)
-        name = Path(str(chosen.config[-1])).stem if chosen.config else "run"
+        name = Path(str(chosen.config[0])).stem if chosen.config else "run"
         again = asked == resume.LAST_RUN_OR_NEW or (
             self.resumed is not None and self.resumed.folder is not None
         )

@@ -19,6 +19,7 @@ from lightning.pytorch import Callback
 from lightning_sft.__main__ import main
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+STRATEGIES = sorted((Path(__file__).parents[1] / "configs/strategies").glob("*.yaml"))
 ROWS = [{"instruction": f"say {n}", "output": f"hello {n}"} for n in range(14)]
 
 
@@ -185,7 +186,19 @@ def test_a_shipped_config_parses(capsys: pytest.CaptureFixture[str], path: Path)
     assert (config["model"]["base"], config["data"]["train"]) == ("model", "rows.jsonl")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_strategy_stands_behind_any_config(capsys, path: Path, strategy: Path) -> None:
+    plain = configured(capsys, "--config", str(path))
+    spread = configured(capsys, "--config", str(path), "--config", str(strategy))
+    own = yaml.safe_load(strategy.read_text())
+    for section, options in own.items():
+        for key in options:
+            plain[section].pop(key), spread[section].pop(key)
+    assert spread == plain
+
+
+@pytest.mark.parametrize("path", CONFIGS + STRATEGIES, ids=lambda path: path.name)
 def test_a_shipped_config_explains_each_key(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")

@@ -112,7 +112,10 @@ class Resumable(LightningModule):
         if run is not None:
             done = fingerprint.differences(run["done"], fingerprint.done_so_far(module, trainer))
             to_come = fingerprint.differences(run["to_come"], fingerprint.to_come(module, trainer))
-            fix = "use the configuration and data of that run (its config.yaml), or start a new run"
+            fix = (
+                "use the configuration and data of that run (its config.yaml), or start a new run; its weights alone "
+                "go on as another run's model.base: `lightning-sft export RUN`, with --merge for adapters"
+            )
             if self.exact_resume:
                 fingerprint.refuse(done + to_come, fix=f"{fix}; docs/fine-tuning.md says what may change")
             fingerprint.refuse(done, fix=fix)

@@ -28,7 +28,9 @@ def trainer(strategy: object, devices: int = 2, **options: object) -> Trainer:
     return Trainer(accelerator="cpu", devices=devices, strategy=strategy, logger=False, **options)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp2", "fsdp2_offload"])
+@pytest.mark.parametrize(
+    "strategy", ["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp2", "fsdp2_offload"]
+)
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("adapter", [Full(), LoRA()], ids=["Full", "LoRA"])
 def test_what_works_is_let_through(strategy, precision, adapter):
@@ -36,20 +38,30 @@ def test_what_works_is_let_through(strategy, precision, adapter):
     strategies.check(made, adapter, precision)
 
 
-@pytest.mark.parametrize("name", ["ddp", "auto", "ddp_find_unused_parameters_false", "fsdp2", "FSDP2Strategy", "own"])
+@pytest.mark.parametrize(
+    "name", ["ddp", "auto", "ddp_find_unused_parameters_false", "fsdp2", "FSDP2Strategy", "own"]
+)
 def test_a_name_that_is_not_known_to_fail_is_let_through(name):
     strategies.check_name(name)
 
 
 REFUSED = [name for name in StrategyRegistry.available_strategies() if name.startswith(("fsdp", "deepspeed"))]
 REFUSED = [name for name in REFUSED if not name.startswith("fsdp2")]
-REFUSED += ["ddp_spawn", "ddp_fork", "ddp_notebook", "lightning.pytorch.strategies.FSDPStrategy", "DeepSpeedStrategy"]
+REFUSED += [
+    "ddp_spawn",
+    "ddp_fork",
+    "ddp_notebook",
+    "lightning.pytorch.strategies.FSDPStrategy",
+    "DeepSpeedStrategy",
+]
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_work_is_refused_by_its_name(name, capsys, model_folder):
     """Before any data or model is looked at: there is none."""
-    assert main(["fit", "--model.base", "nowhere", "--data.train", "nowhere", "--trainer.strategy", name]) == 2
+    assert (
+        main(["fit", "--model.base", "nowhere", "--data.train", "nowhere", "--trainer.strategy", name]) == 2
+    )
     message = capsys.readouterr().err
     assert name.rpartition(".")[2] in message
     assert ("use fsdp2" if "ddp" not in name else "use ddp") in message
