@@ -33,7 +33,7 @@ def _trl(
         def on_train_end(self, *_: Any, **__: Any) -> None:
             clock.end()
 
-    class Timed(SFTTrainer):  # type: ignore[misc]
+    class Timed(SFTTrainer):
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             mask = inputs.get("attention_mask")
             clock.step(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())

@@ -63,7 +63,9 @@ class Benchmark:
         self.random = random.Random(given.seed)
         self.run_folder = folder / "runs" / "kill-1"
         per_epoch = -(-given.rows // (8 * given.accumulate * given.processes))
-        epochs = given.epochs or max(2, -(-(given.kills + 2) * given.every // per_epoch))
+        epochs = given.epochs or max(
+            2, -(-(given.kills + 2) * (given.every + 2) // per_epoch)
+        )  # about 2 steps a kill
         adapter: object = given.adapter
         if adapter == "LoRA":
             adapter = {"class_path": "LoRA", "init_args": {"r": 4, "dropout": 0.1}}

@@ -213,7 +213,7 @@ def trl(options: argparse.Namespace) -> None:
         def on_train_end(self, *_: Any, **__: Any) -> None:
             timer.end()
 
-    class Timed(SFTTrainer):  # type: ignore[misc]
+    class Timed(SFTTrainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             lengths = [len(ids) for ids in steps[timer.step]]
             timer.begin(lengths, flops_of(model, lengths))

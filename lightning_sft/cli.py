@@ -49,6 +49,7 @@ class SFTCommand(LightningCLI):
     writer: run_folder.RunFolder | None = None
 
     def __init__(self, argv: Sequence[str]) -> None:
+        self.asked = argv[0]
         try:
             super().__init__(
                 SFTModule,
@@ -78,15 +79,9 @@ class SFTCommand(LightningCLI):
             if self.folder is not None:
                 run_folder.release(self.folder)
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The Trainer's methods that are commands, and their parameters that are not options."""
-        skip = {"model", "dataloaders", "datamodule"}
-        return {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
-            "validate": skip,
-            "test": skip,
-        }
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning's is static
+        """The one that is asked for, as each parser takes time to make, and its parameters that are not options."""
+        return {self.asked: {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Show the default adapter and loss as what they are, and add when checkpoints are made."""

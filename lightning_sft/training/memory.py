@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_sft.errors import SFTError
@@ -64,14 +65,35 @@ def explained(module: SFTModule) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        batch = module.watch.batch
-        raise SFTError(
-            f"out of memory at {in_words(batch) if batch is not None else 'the optimizer step'}; "
-            + "about "
-            + ", ".join(f"{_gib(size)} GiB for {part}" for part, size in estimate(module, batch).items()),
-            where=str(module.device),
-            fix=_what_helps(module),
-        ) from error
+        raise _too_little(module, module.watch.batch, "out of memory") from error
+
+
+def refuse_too_much(module: SFTModule, batch: Batch) -> None:
+    """Refuse what the machine's memory can't hold by the estimate, and warn of what is not available now.
+
+    Raises:
+        SFTError: The estimate is above the whole of the memory.
+    """
+    import psutil
+
+    machine, needed = psutil.virtual_memory(), sum(estimate(module, batch).values())
+    if needed > machine.total:
+        raise _too_little(module, batch, f"{_gib(machine.total)} GiB of memory are too little")
+    loaded = sum(p.numel() * p.element_size() for p in module.loaded.parameters())
+    if needed - loaded > machine.available:
+        rank_zero_warn(
+            f"{in_words(batch)} needs about {_gib(needed - loaded)} GiB, {_gib(machine.available)} GiB are available: "
+            f"the system may kill the run. {_what_helps(module)}"
+        )
+
+
+def _too_little(module: SFTModule, batch: Batch | None, problem: str) -> SFTError:
+    parts = ", ".join(f"{_gib(size)} GiB for {part}" for part, size in estimate(module, batch).items())
+    return SFTError(
+        f"{problem} at {in_words(batch) if batch is not None else 'the optimizer step'}; about {parts}",
+        where=str(module.device),
+        fix=_what_helps(module),
+    )
 
 
 def estimate(module: SFTModule, batch: Batch | None) -> dict[str, float]:

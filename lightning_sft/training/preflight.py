@@ -1,7 +1,9 @@
 """Preflight: what could go wrong only after hours is tried before the first step, on this model and these rows.
 
 - Flattened rows compute what separate rows compute; else rows are padded (`find_layout`).
-- The heaviest micro-batch of the run fits into memory, forward and backward, with room for AdamW's averages.
+- The heaviest micro-batch of the run fits into memory: on a GPU it is tried, forward and backward, with room for
+  AdamW's averages. A CPU's system would kill the process, not say no, so there an estimate is compared with what is
+  available, and one row of it is tried.
 - Its loss is a number, and a finite gradient reaches every parameter that is trained.
 - A checkpoint that is written and read gives the same loss.
 
@@ -57,7 +59,7 @@ class Report:
 
     Args:
         heaviest: The heaviest micro-batch in words: rows, tokens, longest row and targets.
-        loss: Its loss per unit of weight.
+        loss: The loss per unit of weight of what was tried of it.
         unreached: Trained parameters that no gradient reaches, where that is the model's own way.
         still: Trained parameters whose gradient is zero throughout.
         checkpoint: Whether a checkpoint was written and read.
@@ -105,16 +107,24 @@ def preflight(module: SFTModule) -> Report | None:
             return None
         heaviest = _heaviest(module, data)
         chosen = [data.prepared["train"].examples[row] for row in heaviest.rows]
-        one = max(chosen, key=lambda example: float((example.weights > 0).sum()))
+        one = min(chosen, key=len)
         batch = layout.collate(chosen, sum(float(e.weights.sum()) for e in chosen)).to(module.device)
         small = layout.collate([one], float(one.weights.sum())).to(module.device)
+        tried = batch if _says_no(module.device) else small
+        if tried is small:
+            memory.refuse_too_much(module, batch)
         with _buffers_kept(module):
-            loss, unreached, still = _check_gradients(module, batch, small)
+            loss, unreached, still = _check_gradients(module, tried, small)
         checkpoint = _check_checkpoint(module, small)
         module.watch.batch = None
     report = Report(memory.in_words(batch), loss, unreached, still, checkpoint)
     _tell(report)
     return report
+
+
+def _says_no(device: torch.device) -> bool:
+    """Whether too large an allocation on this device is an error, and not the end of the process."""
+    return device.type != "cpu"
 
 
 def _heaviest(module: SFTModule, data: SFTDataModule) -> MicroBatch:
@@ -216,9 +226,9 @@ def _judge(module: SFTModule, gradients: dict[str, Tensor]) -> dict[str, tuple[b
 def _report_bad_numbers(module: SFTModule, batch: Batch, loss: float, wrong: list[str]) -> None:
     """Say before training what would stop it then; where bad steps are skipped, a warning will do."""
     what = (
-        f"the loss of the heaviest micro-batch is {loss} before any training"
+        f"the loss of the tried rows is {loss} before any training"
         if not math.isfinite(loss)
-        else f"the loss of the heaviest micro-batch is {loss:.3g}, but {len(wrong)} of its gradients are not "
+        else f"the loss of the tried rows is {loss:.3g}, but {len(wrong)} of its gradients are not "
         f"finite (the first: {wrong[0]})"
     )
     rows = "; ".join(map(str, batch.metas[:8])) + ("; …" if len(batch.metas) > 8 else "")

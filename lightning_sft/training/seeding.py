@@ -20,6 +20,16 @@ def seed_batch(seed: int, *, rank: int, epoch: int, batch: int) -> None:
         batch: The micro-batch within the epoch, from 0.
     """
     mixed = np.random.SeedSequence([seed, rank, epoch, batch]).generate_state(3, dtype=np.uint32)
-    torch.manual_seed(int(mixed[0]) << 32 | int(mixed[1]))
+    _seed_torch(int(mixed[0]) << 32 | int(mixed[1]))
     np.random.seed(int(mixed[1]))
     random.seed(int(mixed[2]))
+
+
+def _seed_torch(seed: int) -> None:
+    """What `torch.manual_seed` does, on the devices in use: for others it would queue the seed, batch after batch."""
+    torch.default_generator.manual_seed(seed)
+    for device in (torch.cuda, torch.xpu):
+        if device.is_initialized():
+            device.manual_seed_all(seed)
+    if torch.mps.is_available():
+        torch.mps.manual_seed(seed)

@@ -157,6 +157,37 @@ def test_the_heaviest_micro_batch_of_all_epochs_is_tried(family, model_folder, r
     assert f"{tokens} tokens (the longest {longest})" in module.report.heaviest
 
 
+@pytest.mark.parametrize("says_no", [True, False])
+def test_where_memory_errors_can_be_caught_the_whole_of_it_is_tried(says_no, model_folder, rows, monkeypatch):
+    seen = []
+
+    class Counting(Tried):
+        def weighted_loss(self, batch, loss):
+            seen.append(batch.input_ids.numel())
+            return super().weighted_loss(batch, loss)
+
+    monkeypatch.setattr(preflights, "_says_no", lambda device: says_no)
+    _, trainer = run(model_folder("llama"), rows, kind=Counting)
+    examples = trainer.datamodule.prepared["train"].examples
+    plan = trainer.datamodule.plan(0)
+    heaviest = max(sum(len(examples[row]) for row in micro.rows) for micro in plan.rank(0))
+    assert (seen[0] == heaviest) == says_no
+
+
+@pytest.mark.parametrize("total", [1, 1 << 50])
+def test_what_the_machine_cannot_hold_is_refused_or_warned_of(total, model_folder, rows, monkeypatch):
+    import psutil
+
+    memory = type("Memory", (), {"total": total, "available": 1})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    if total == 1:
+        with pytest.raises(SFTError, match="of memory are too little at a batch of 3 rows"):
+            run(model_folder("llama"), rows)
+        return
+    with pytest.warns(UserWarning, match="the system may kill the run"):
+        run(model_folder("llama"), rows)
+
+
 def test_of_a_healthy_model_it_reports_the_loss_and_no_trouble(model_folder, rows, capsys):
     for adapter in (Full(), LoRA(r=2), LoRA(r=2, dora=True), LoRA(r=2, modules_to_save=["lm_head"])):
         module, _ = run(model_folder("llama"), rows, adapter=adapter)
@@ -273,7 +304,7 @@ class Spoilt(Full):
 def test_a_base_that_computes_nan_is_refused(model_folder, rows):
     with pytest.raises(SFTError) as caught:
         run(model_folder("llama"), rows, adapter=Spoilt())
-    assert caught.value.what == "the loss of the heaviest micro-batch is nan before any training"
+    assert caught.value.what == "the loss of the tried rows is nan before any training"
     assert f"{rows}, row" in caught.value.where
 
 
