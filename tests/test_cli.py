@@ -330,12 +330,12 @@ def printed_loss(printed: str, stage: str) -> float:
 # -------------------------------------------------------------------------------------- where a run goes
 
 
-def test_the_default_folder_is_named_after_the_last_config_and_counts_up(here: Path) -> None:
+def test_the_default_folder_is_named_after_the_first_config_and_counts_up(here: Path) -> None:
     (here / "more.yaml").write_text("data: {batch_size: 2}\n")
     assert main(["fit", "--config", "my.yaml"]) == 0
     assert main(["fit", "--config", "my.yaml"]) == 0
     assert main(["fit", "--config", "my.yaml", "--config", "more.yaml"]) == 0
-    assert {path.name for path in (here / "runs").iterdir()} == {"my-1", "my-2", "more-1"}
+    assert {path.name for path in (here / "runs").iterdir()} == {"my-1", "my-2", "my-3"}
 
 
 def test_the_folder_can_be_chosen(here: Path) -> None:

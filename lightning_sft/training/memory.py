@@ -79,7 +79,7 @@ def refuse_too_much(module: SFTModule, batch: Batch) -> None:
     machine, needed = psutil.virtual_memory(), sum(estimate(module, batch).values())
     if needed > machine.total:
         raise _too_little(module, batch, f"{_gib(machine.total)} GiB of memory are too little")
-    loaded = sum(p.numel() * p.element_size() for p in module.loaded.parameters())
+    loaded = sum(local(p.detach()).numel() * p.element_size() for p in module.loaded.parameters())
     if needed - loaded > machine.available:
         rank_zero_warn(
             f"{in_words(batch)} needs about {_gib(needed - loaded)} GiB, {_gib(machine.available)} GiB are available: "

@@ -167,9 +167,9 @@ class SFTModule(GuardedModule, Resumable):
     @cached_property
     def layout(self) -> Layout:
         """How this model takes its batches; found by trying it when first asked."""
-        pad_id = int(self.tokenizer.pad_token_id)
         with torch.no_grad():
-            layout = as_forward(self.loaded, lambda: find_layout(self.loaded, pad_id))
+            trial = partial(find_layout, self.loaded, int(self.tokenizer.pad_token_id))
+            layout = as_forward(self.loaded, trial)
         if layout.padded_because:
             rank_zero_info(f"Rows are padded, not flattened: {layout.padded_because}.")
         if self.compiled:
@@ -236,10 +236,7 @@ class SFTModule(GuardedModule, Resumable):
         return _PRECISION_DTYPES.get(precision, torch.float32)
 
     def export(self, folder: Path) -> None:
-        """Write the adapter or model with tokenizer, chat template and generation config to `folder`.
-
-        Rank 0 writes; the other ranks of a sharded model have to call this, too.
-        """
+        """Write adapter or model, tokenizer, chat template and generation config: rank 0, but all ranks call this."""
         refuse_bad_weights(self)
         with whole_parameters(self.loaded):
             if self.global_rank == 0:
