@@ -12,34 +12,57 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "lightning_sft.bases",
+    "Answered": "lightning_sft.evaluation.requests",
     "BatchPlan": "lightning_sft.data.plan",
     "Conversation": "lightning_sft.conversation",
     "DataFormat": "lightning_sft.bases",
+    "Evaluator": "lightning_sft.bases",
     "Example": "lightning_sft.example",
+    "Generate": "lightning_sft.evaluation.requests",
+    "Generated": "lightning_sft.evaluation.requests",
+    "Item": "lightning_sft.evaluation.requests",
+    "Likelihood": "lightning_sft.evaluation.requests",
+    "LogLikelihood": "lightning_sft.evaluation.requests",
     "Loss": "lightning_sft.bases",
     "Message": "lightning_sft.conversation",
     "Meta": "lightning_sft.conversation",
+    "PartWeight": "lightning_sft.conversation",
+    "Record": "lightning_sft.evaluation.results",
     "RenderPolicies": "lightning_sft.rendering",
     "Renderer": "lightning_sft.rendering",
+    "Results": "lightning_sft.evaluation.results",
+    "RollingLogLikelihood": "lightning_sft.evaluation.requests",
     "Row": "lightning_sft.conversation",
     "SFTDataModule": "lightning_sft.data.datamodule",
     "SFTError": "lightning_sft.errors",
     "SFTModule": "lightning_sft.training.module",
+    "Score": "lightning_sft.evaluation.results",
     "Scorer": "lightning_sft.evaluation.scorer",
     "Segments": "lightning_sft.conversation",
     "Source": "lightning_sft.data.sources",
     "TokenBatch": "lightning_sft.bases",
     "ToolCall": "lightning_sft.conversation",
+    "scores_by_task": "lightning_sft.evaluation.results",
     "read_rows": "lightning_sft.data.sources",
 }
 
 if TYPE_CHECKING:
-    from lightning_sft.bases import Adapter, DataFormat, Loss, TokenBatch
-    from lightning_sft.conversation import Conversation, Message, Meta, Row, Segments, ToolCall
+    from lightning_sft.bases import Adapter, DataFormat, Evaluator, Loss, TokenBatch
+    from lightning_sft.conversation import Conversation, Message, Meta, PartWeight, Row, Segments, ToolCall
     from lightning_sft.data.datamodule import SFTDataModule
     from lightning_sft.data.plan import BatchPlan
     from lightning_sft.data.sources import Source, read_rows
     from lightning_sft.errors import SFTError
+    from lightning_sft.evaluation.requests import (
+        Answered,
+        Generate,
+        Generated,
+        Item,
+        Likelihood,
+        LogLikelihood,
+        RollingLogLikelihood,
+    )
+    from lightning_sft.evaluation.results import Record, Results, Score, scores_by_task
     from lightning_sft.evaluation.scorer import Scorer
     from lightning_sft.example import Example
     from lightning_sft.rendering import Renderer, RenderPolicies
@@ -47,25 +70,38 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "Answered",
     "BatchPlan",
     "Conversation",
     "DataFormat",
+    "Evaluator",
     "Example",
+    "Generate",
+    "Generated",
+    "Item",
+    "Likelihood",
+    "LogLikelihood",
     "Loss",
     "Message",
     "Meta",
+    "PartWeight",
+    "Record",
     "RenderPolicies",
     "Renderer",
+    "Results",
+    "RollingLogLikelihood",
     "Row",
     "SFTDataModule",
     "SFTError",
     "SFTModule",
+    "Score",
     "Scorer",
     "Segments",
     "Source",
     "TokenBatch",
     "ToolCall",
     "read_rows",
+    "scores_by_task",
 ]
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "fit": "train a model, as one YAML file says",
     "validate": "measure the loss on the validation rows of the same YAML",
     "test": "measure the loss on the test rows of the same YAML",
+    "evaluate": "score a trained model, or its base, on benchmarks and text",
     "preview": "show what is trained of each example, and why, without loading the model",
     "generate": "let the model of a run or model folder answer a prompt",
     "export": "write the trained model of a run folder as one that transformers loads",
@@ -85,7 +86,7 @@ def _dispatch(argv: list[str]) -> None:
         from lightning_sft.data_command import command as data
 
         data(argv[1:])
-    elif command in ("fit", "validate", "test"):
+    elif command in ("fit", "validate", "test", "evaluate"):
         from lightning_sft.cli import run
 
         run(argv)

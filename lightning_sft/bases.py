@@ -6,7 +6,7 @@ A plug-in's typed `__init__` parameters with their docstrings are its options in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,9 @@ from lightning_sft.errors import SFTError
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from lightning_sft.evaluation.requests import Answered, Item
+    from lightning_sft.evaluation.results import Results
 
 
 class DataFormat(ABC):
@@ -71,6 +74,9 @@ class Adapter(ABC):
 
     default_learning_rate: ClassVar[float] = 1e-5
     """The peak learning rate where the configuration gives none."""
+
+    new_token_ids: Sequence[int] = ()
+    """Rows of the input and the output embedding to train in any case (`model.new_tokens`); set before `prepare`."""
 
     @abstractmethod
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -126,3 +132,23 @@ class Loss(ABC):
         A subclass that has a `per_token` of its own is asked only if it has this of its own, too.
         """
         return None
+
+
+class Evaluator(ABC):
+    """Asks a model for something, and judges what it answers.
+
+    It knows no model and no tokenizer: prompts are text, or messages that the model's chat template renders. Its
+    constructor is cheap; data is read in `requests`.
+    """
+
+    @abstractmethod
+    def requests(self) -> Sequence[Item]:
+        """The items with what the model is asked for each. Pure: the same ones every time, in the same order.
+
+        Raises:
+            SFTError: Its data is missing or malformed; says where.
+        """
+
+    @abstractmethod
+    def score(self, answered: Sequence[Answered]) -> Results:
+        """Records and scores of all items, answered, in the order of `requests`. Pure, and cheap."""

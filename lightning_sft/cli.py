@@ -1,4 +1,4 @@
-"""`fit`, `validate` and `test`: LightningCLI over SFTModule, SFTDataModule and the named plug-ins."""
+"""`fit`, `validate`, `test` and `evaluate`: LightningCLI over SFTModule, SFTDataModule and the named plug-ins."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_sft import assets, command_line, plugins, resume, run_folder
+from lightning_sft.bases import Evaluator
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.sources import Source
 from lightning_sft.errors import SFTError
+from lightning_sft.evaluation.trainer import SFTTrainer
 from lightning_sft.ranks import is_first_process
 from lightning_sft.training import strategies
 from lightning_sft.training.checkpoints import AtomicCheckpointIO, LastCheckpoint
@@ -54,6 +56,7 @@ class SFTCommand(LightningCLI):
             super().__init__(
                 SFTModule,
                 SFTDataModule,
+                trainer_class=SFTTrainer,
                 args=list(argv),
                 save_config_callback=None,
                 seed_everything_default=0,
@@ -84,8 +87,9 @@ class SFTCommand(LightningCLI):
         return {self.asked: {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Show the default adapter and loss as what they are, and add when checkpoints are made."""
+        """Show the default adapter and loss as what they are; add when checkpoints are made, and the evaluators."""
         parser.add_class_arguments(LastCheckpoint, "checkpoints")
+        parser.add_argument("--evaluators", type=list[Evaluator], default=[], help="What `evaluate` asks.")
         for key, kind in (("model.adapter", "adapters"), ("model.loss", "losses")):
             default = plugins.default(kind)
             parser.set_defaults({key: {"class_path": f"{default.__module__}.{default.__qualname__}"}})
@@ -214,6 +218,13 @@ class SFTCommand(LightningCLI):
             enable_version_counter=False,  # a run that is continued makes the same one again
         )
 
+    def before_evaluate(self) -> None:
+        """Hand the evaluators on, with their options for the record."""
+        dumped = yaml.safe_load(self._parser("evaluate").dump(self.config.evaluate, skip_none=False))
+        assert isinstance(self.trainer, SFTTrainer)
+        self.trainer.evaluators = self._get(self.config_init, "evaluators")
+        self.trainer.evaluator_configs = dumped["evaluators"]
+
     def after_fit(self) -> None:
         """Say where everything is; write the model of a run that was killed between its last step and that.
 
@@ -240,7 +251,7 @@ class SFTCommand(LightningCLI):
 
 
 def run(argv: Sequence[str]) -> None:
-    """Run `fit`, `validate` or `test` with these arguments, the command's name first.
+    """Run `fit`, `validate`, `test` or `evaluate` with these arguments, the command's name first.
 
     Raises:
         SFTError: Something that the user gave is at fault.

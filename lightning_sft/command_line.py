@@ -21,7 +21,7 @@ _KEY = re.compile(r'(?:Parser key|[Kk]ey) "?\'?([\w.]+)')
 _UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --([\w.]+)|accept option '([\w.]+)'")
 _WRONG_TYPE = re.compile(r"Expected an? (.+?)\. Got value: (.*)", re.DOTALL)
 _WRONG_UNION = re.compile(r"Subtypes: \[(.+?)\]\n.*Given value: (.*)", re.DOTALL)
-_REQUIRED = re.compile(r"arguments are required: (?:fit|validate|test)?\.?(.+)")
+_REQUIRED = re.compile(r"arguments are required: (?:fit|validate|test|evaluate)?\.?(.+)")
 _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 _AMBIGUOUS = re.compile(r"with name (\w+)\. Give the full class path to avoid ambiguity: (.+)\.\n")
 _UNKNOWN_INIT_ARG = re.compile(
@@ -32,7 +32,7 @@ _BASE = re.compile(r"lightning_sft\.bases\.(\w+)")
 _NO_OPTION = re.compile(r"no option is named '([\w.]+)'")
 _ABSENT = object()
 _LIGHTNING_BASE = re.compile(r"<class '(lightning\.[\w.]+)'>")
-_KINDS = {"DataFormat": "formats", "Adapter": "adapters", "Loss": "losses"}
+_KINDS = {"DataFormat": "formats", "Adapter": "adapters", "Loss": "losses", "Evaluator": "evaluators"}
 
 
 class CommandParser(ArgumentParser):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """The roles a `Message` may have, in the names chat templates use."""
@@ -32,6 +33,23 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
+class PartWeight:
+    """The loss weight of a part of a message.
+
+    Args:
+        field: Which of the message's fields the part is in.
+        start: Where it begins: a character of the text, or a call by its number, counted from 0.
+        end: Behind its end.
+        weight: Its loss weight.
+    """
+
+    field: Literal["content", "reasoning", "tool_calls"]
+    start: int
+    end: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation.
 
@@ -43,6 +61,7 @@ class Message:
         tool_call_id: For role `tool`: the id of the call that this answers.
         name: The speaker's or the tool's name, where the data has one.
         weight: Loss weight of this turn's tokens; None is the default policy (assistant 1, others 0).
+        part_weights: Parts with a weight of their own, in order of their places, without overlap.
     """
 
     role: str
@@ -52,6 +71,7 @@ class Message:
     tool_call_id: str | None = None
     name: str | None = None
     weight: float | None = None
+    part_weights: tuple[PartWeight, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +101,19 @@ class Meta:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in order, with the tools that the assistant may call (JSON schemas, as given)."""
+    """Messages in order.
+
+    Args:
+        messages: The messages.
+        tools: The tools that the assistant may call (JSON schemas, as given).
+        meta: Where it comes from.
+        chat_template_kwargs: Options of the chat template for this conversation, such as `enable_thinking`.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, object], ...] = ()
     meta: Meta = field(default_factory=Meta)
+    chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import ItemsView, Iterator, Sequence, ValuesView
 from contextlib import suppress
@@ -17,6 +18,8 @@ from lightning_sft.conversation import Conversation, Meta, Row, Segments
 from lightning_sft.data.conversion import convert_rows, format_of
 from lightning_sft.data.sources import Source, read_rows
 from lightning_sft.errors import SFTError
+
+_WITHIN = r"\.|\[\]"  # in a path: what is before is an object or a list
 
 _FORMAT_OPTIONS = ("--to", "--to.help", "--format", "--format.help")
 
@@ -35,8 +38,8 @@ class Report:
         conversations: Conversations made of the others.
         written: Rows written: one for each conversation.
         refused: Rows or conversations left out, by reason, with how often and the first place.
-        columns: The rows' columns, with the number of rows that have them.
-        seen: Those of which the format read the value in any row.
+        columns: The keys of the rows and of the objects in them, by their path, with how often they are there.
+        seen: Those of which the format read the value anywhere.
         unwritten: What is known about a conversation but has no place in the output, with how often.
     """
 
@@ -66,7 +69,12 @@ class Report:
         yield from (f"{name:<26}{count:>9,}" for name, count in counts)
         for reason, (count, first) in self.refused.items():
             yield f"{'left out':<26}{count:>9,}  {reason} (first: {first})"
-        unseen = {f"column {name!r}": n for name, n in self.columns.items() if name not in self.seen}
+        unread = [name for name in self.columns if name not in self.seen]
+        unseen = {
+            f"{'key' if re.search(_WITHIN, name) else 'column'} {name!r}": self.columns[name]
+            for name in unread
+            if not any(name.startswith((f"{other}.", f"{other}[]")) for other in unread)
+        }
         for name, count in [*unseen.items(), *self.unwritten.items()]:
             yield f"{'not kept':<26}{count:>9,}  {name}"
 
@@ -86,7 +94,7 @@ def convert(
     """Write rows in another format, one JSON object per line.
 
     Every row is read back as it is written and has to give the same conversation. What isn't kept is told: rows
-    without a conversation, columns that the format doesn't look at.
+    without a conversation, columns and keys within them that the format doesn't look at.
 
     Args:
         input: A data file, a folder of them, a Hub dataset, or embedded data (tiny:train).
@@ -201,37 +209,52 @@ def _row(item: Conversation | Segments, to: DataFormat) -> dict[str, object]:
 
 
 class _Watched(dict[str, object]):
-    """A row that notes which of its columns' values are read."""
+    """An object of a row that notes which of its keys' values are read, at any depth: `messages[].role`."""
 
-    def __init__(self, row: Row, seen: set[str]) -> None:
-        super().__init__(row)
-        self._seen = seen
+    def __init__(self, fields: Row, report: Report, path: str = "") -> None:
+        super().__init__(
+            {key: _watched_value(value, report, f"{path}{key}") for key, value in fields.items()}
+        )
+        self._report, self._path = report, path
+        report.columns.update(f"{path}{key}" for key in fields)
 
     def __iter__(self) -> Iterator[str]:
         return super().__iter__()  # without this method `dict(row)` and `**row` go around __getitem__
 
     def __getitem__(self, key: str) -> object:
-        self._seen.add(key)
+        self._report.seen.add(f"{self._path}{key}")
         return super().__getitem__(key)
 
     def get(self, key: str, default: object = None) -> object:
-        self._seen.add(key)
+        self._report.seen.add(f"{self._path}{key}")
         return super().get(key, default)
 
     def items(self) -> ItemsView[str, object]:  # type: ignore[override]
-        self._seen.update(self)
+        self._report.seen.update(f"{self._path}{key}" for key in self)
         return super().items()
 
     def values(self) -> ValuesView[object]:  # type: ignore[override]
-        self._seen.update(self)
+        self._report.seen.update(f"{self._path}{key}" for key in self)
         return super().values()
+
+    def __repr__(self) -> str:
+        self._report.seen.update(f"{self._path}{key}" for key in self)
+        return super().__repr__()
 
 
 def _watched(rows: Iterator[tuple[Meta, Row]], report: Report) -> Iterator[tuple[Meta, Row]]:
     for meta, row in rows:
         report.read += 1
-        report.columns.update(row.keys())
-        yield meta, _Watched(row, report.seen)
+        yield meta, _Watched(row, report)
+
+
+def _watched_value(value: object, report: Report, path: str) -> object:
+    """The value with every object in it watched."""
+    if isinstance(value, dict):
+        return _Watched(value, report, f"{path}.")
+    if isinstance(value, list):
+        return [_watched_value(each, report, f"{path}[]") for each in value]
+    return value
 
 
 def _as_classes(argv: Sequence[str]) -> list[str]:

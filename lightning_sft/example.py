@@ -30,6 +30,8 @@ class Reason(IntEnum):
     """Not trained: reasoning, without `train_reasoning`."""
     END_OF_TURN = 6
     """Not trained: an end-of-turn token that `train_on_eot` leaves out."""
+    CUT = 7
+    """Not trained: the beginning of its turn was cut off, so it is context."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from lightning_sft import assets, command_line, plugins
 from lightning_sft.conversation import Conversation, Meta, Row, Segments
 from lightning_sft.data.conversion import convert_rows, format_of
 from lightning_sft.data.datamodule import SFTDataModule
+from lightning_sft.data.fitted import Fitted, named
 from lightning_sft.data.sources import Source, read_rows
+from lightning_sft.data.truncation import Overlong, fit
 from lightning_sft.errors import SFTError
 from lightning_sft.example import Reason
 from lightning_sft.rendering import Renderer
@@ -28,6 +31,7 @@ REASONS = {
     Reason.OTHER_TURN: "not trained: another turn",
     Reason.REASONING: "not trained: reasoning",
     Reason.END_OF_TURN: "not trained: end of turn",
+    Reason.CUT: "not trained: turn without its beginning",
 }
 
 
@@ -64,11 +68,13 @@ class Shown:
     tokens: tuple[Token, ...] = ()
     warnings: tuple[str, ...] = ()
     error: str | None = None
+    piece: str | None = None
 
     @property
     def title(self) -> str:
         """Where the example comes from, and how much of it is trained."""
         place = f"{self.source}, row {self.row}" + (f", message {self.turn}" if self.turn else "")
+        place += f", {self.piece}" if self.piece else ""
         if self.error is not None:
             return f"{place}: refused"
         trained = [token.weight for token in self.tokens if token.weight > 0]
@@ -77,6 +83,8 @@ class Shown:
     def as_json(self) -> dict[str, object]:
         """The example in JSON types."""
         out: dict[str, object] = {"source": self.source, "row": self.row, "turn": self.turn}
+        if self.piece is not None:
+            out["piece"] = self.piece
         if self.error is not None:
             return out | {"error": self.error}
         tokens = [
@@ -134,15 +142,15 @@ def show(
     conversation: Conversation | Segments | Refused,
     renderer: Renderer,
     max_length: int | None = None,
-    overlong: str = "drop",
+    overlong: Overlong = "drop",
 ) -> Iterator[Shown]:
     """What becomes of a conversation: its examples, or why it is refused.
 
     Args:
         conversation: The conversation.
         renderer: Renders it.
-        max_length: Most tokens of an example, for a warning.
-        overlong: What happens to a longer one.
+        max_length: Most tokens of an example.
+        overlong: What happens to a longer one; of one that is dropped, everything is shown, with a warning.
     """
     meta = conversation.meta
     if isinstance(conversation, Refused):
@@ -154,19 +162,38 @@ def show(
         yield Shown(meta.source, meta.row, None, error=str(error))
         return
     for rendering in renderings:
-        warnings = list(rendering.example.notes)
-        if max_length is not None and (over := len(rendering.example) - max_length) > 0:
-            warnings.append(
-                f"{over:,} tokens longer than max_length {max_length:,}; data.overlong: {overlong}"
+        try:
+            fitted = fit(renderer, conversation, rendering, max_length=max_length, overlong=overlong)
+        except SFTError as error:
+            yield Shown(meta.source, meta.row, rendering.example.turn, error=str(error))
+            continue
+        losses = list(_losses(fitted, max_length or 0, overlong))
+        for number, kept in enumerate(fitted.kept or (rendering,), 1):
+            piece = f"piece {number} of {len(fitted.kept)}" if len(fitted.kept) > 1 else None
+            if piece and kept.part:
+                piece += f": {named(kept.part.messages)}"
+            yield Shown(
+                meta.source,
+                meta.row,
+                kept.example.turn,
+                tuple(_tokens(conversation, renderer, kept)),
+                (*kept.example.notes, *losses, *_tags_disagree(conversation, renderer, kept)),
+                piece=piece,
             )
-        warnings += _tags_disagree(conversation, renderer, rendering)
-        yield Shown(
-            meta.source,
-            meta.row,
-            rendering.example.turn,
-            tuple(_tokens(conversation, renderer, rendering)),
-            tuple(warnings),
-        )
+
+
+def _losses(fitted: Fitted, max_length: int, overlong: str) -> Iterator[str]:
+    """What the policy for longer examples did to one."""
+    if not fitted.cuts and len(fitted.kept) == 1:
+        return
+    over = len(fitted.whole.example) - max_length
+    yield f"{over:,} tokens longer than max_length {max_length:,}; data.overlong: {overlong}"
+    for cut in fitted.cuts:
+        what = f" ({cut.what})" if cut.what else ""
+        verb = "lost" if fitted.kept else "dropped, so nothing of this is trained"
+        yield f"{cut.tokens:,} tokens{what} {verb}, {cut.trained_tokens:,} of them to train: {cut.reason}"
+    if fitted.repeated_tokens:
+        yield f"the pieces repeat {fitted.repeated_tokens:,} tokens as context"
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,19 +314,24 @@ def _tags_disagree(
     """How the template's own `{% generation %}` tags differ from what is trained; nothing if they agree."""
     if isinstance(conversation, Segments) or not re.search(r"\{%-?\s*generation\b", renderer.chat_template):
         return []
-    turn = rendering.example.turn
-    part = conversation if turn is None else replace(conversation, messages=conversation.messages[:turn])
-    tagged = renderer.template.tagged(part.messages, part.tools)
+    numbers = rendering.part.messages if rendering.part else ()
+    template = renderer.template.with_options(conversation.chat_template_kwargs)
+    tagged = template.tagged([conversation.messages[n] for n in numbers], conversation.tools)
     starts = rendering.offsets[:, 0]
     inside = [any(start <= at < end for start, end in tagged) for at in starts.tolist()]
-    trained = (rendering.example.weights > 0).tolist()
-    more = sum(a and not b for a, b in zip(inside, trained, strict=True))
-    fewer = sum(b and not a for a, b in zip(inside, trained, strict=True))
+    example = rendering.example
+    pairs = list(zip(inside, (example.weights > 0).tolist(), strict=True))
+    more = Counter(
+        REASONS[Reason(int(example.reasons[n]))] for n, (tag, train) in enumerate(pairs) if tag and not train
+    )
+    fewer = [int(example.input_ids[n]) for n, (tag, train) in enumerate(pairs) if train and not tag]
     if not more and not fewer:
         return []
+    why = f" ({', '.join(f'{count:,} {reason}' for reason, count in more.items())})" if more else ""
+    first = f" (the first: {renderer.tokenizer.decode(fewer[:1])!r})" if fewer else ""
     return [
-        f"the template's generation tags hold {more:,} tokens that aren't trained, and leave out {fewer:,} that "
-        "are: weights, policies and the generation prompt decide, not the tags"
+        f"the template's generation tags hold {more.total():,} tokens that aren't trained{why}, and leave out "
+        f"{len(fewer):,} that are{first}: weights, policies and the generation prompt decide, not the tags"
     ]
 
 

@@ -20,21 +20,23 @@ _PAGE = Template("""\
 <style>
 :root { color-scheme: light dark; }
 body { font: 16px/1.6 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1rem; margin: 2.5rem 0 .5rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1rem; margin: 2.5rem 0 .5rem; overflow-wrap: anywhere; }
 pre { font: 14px/2 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #8886;
-  border-radius: 6px; padding: .75rem 1rem; margin: 0; }
+  border-radius: 6px; padding: .75rem 1rem; margin: 0; unicode-bidi: plaintext; }
 .t { border-bottom: 1px dotted #8888; padding: 1px 0; }
 .t:hover { outline: 2px solid #48f; }
 .trained { background: #2a92; border-bottom: 3px solid #2a9; }
-.left-out { background: #e902; border-bottom: 3px dashed #c80; }
-.special { font-weight: bold; border-radius: 4px; box-shadow: inset 0 0 0 1px #888; padding: 1px 2px; }
+.left-out { background: #e902; border-bottom: 5px double #c80; }
+.special { font-weight: bold; border-radius: 4px; box-shadow: inset 0 0 0 1px #888; padding: 1px 2px;
+  direction: ltr; unicode-bidi: isolate; }
 .edge { color: #888; user-select: none; }
-.warning { color: #c80; } .error { color: #d33; white-space: pre-wrap; }
+.warning { color: #8a5200; } .error { color: #c11; white-space: pre-wrap; overflow-wrap: anywhere; }
+@media (prefers-color-scheme: dark) { .warning { color: #fb4; } .error { color: #f77; } }
 </style>
 </head>
 <body>
 <h1>lightning-sft preview</h1>
-<p><span class="t trained">solid line</span> trained &nbsp; <span class="t left-out">dashed line</span>
+<p><span class="t trained">solid line</span> trained &nbsp; <span class="t left-out">double line</span>
 left out of a message by a weight or policy &nbsp; <span class="t">dotted line</span> context &nbsp;
 <span class="t special">box</span> special token &nbsp; ↵ newline &nbsp; ⇥ tab.
 ⟨weight … ⟩ encloses what is trained. Hover over a token for its id, weight, reason and origin.</p>

@@ -18,7 +18,7 @@ from lightning_sft.training.resuming import has_ended
 
 LAST_RUN, LAST_RUN_OR_NEW = "last", "auto"
 
-_SAME_RUN = ("ckpt_path", "weights_only", "trainer.default_root_dir", "checkpoints", "config")
+_SAME_RUN = ("ckpt_path", "weights_only", "trainer.default_root_dir", "checkpoints", "config", "evaluators")
 """Keys with which a configuration is still the same one, and what is below them."""
 
 

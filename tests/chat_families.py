@@ -244,17 +244,17 @@ def build_tokenizer(
     return tokenizer
 
 
-def make_renderer(tokenizer, template: str) -> Renderer:
+def make_renderer(tokenizer, template: str, **policies) -> Renderer:
     """A renderer for this template's text (or the name of a shipped one)."""
     if template.isalpha():
-        return Renderer(tokenizer, template)
+        return Renderer(tokenizer, template, **policies)
     tokenizer.chat_template = template
-    return Renderer(tokenizer)
+    return Renderer(tokenizer, **policies)
 
 
-def chatml(template: str = CHATML, kind: str = "bytes") -> Renderer:
+def chatml(template: str = CHATML, kind: str = "bytes", **policies) -> Renderer:
     """A renderer for a template with ChatML's tokens."""
-    return make_renderer(build_tokenizer(kind, IM), template)
+    return make_renderer(build_tokenizer(kind, IM), template, **policies)
 
 
 def conversation(*messages, tools=()) -> Conversation:

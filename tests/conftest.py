@@ -13,7 +13,6 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # tests run side by side; threads that wait for each other cost more
-
 SHARED = Path(__file__).parents[2] / "shared"
 
 CHATML = (
@@ -82,6 +81,14 @@ def make_model_folder(folder: Path, name: str, tokenizer) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Prepared data of the tests isn't kept in the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_SFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -530,15 +530,24 @@ def a_template_that_is_no_text(place: Place) -> list[str]:
 @says("good.jsonl, row 5", "no fours, please", "model.chat_template")
 def a_template_that_refuses_a_row(place: Place) -> list[str]:
     template = (
-        "{% for m in messages %}{% if 'say 4' in m.content %}{{ raise_exception('no fours, please') }}{% endif %}"
+        "{% for m in messages %}{% if '4' in m.content %}{{ raise_exception('no fours, please') }}{% endif %}"
         "{{ m.content }}<|im_end|>{% endfor %}"
     )
     return place.fit("--model.chat_template", place.file("mine.jinja", template))
 
 
-@says("good.jsonl, row 1", "chat template", "model.chat_template")
+@says("model.chat_template: mine.jinja, line 1", "the chat template is no Jinja", "unexpected '}'")
 def a_template_that_is_no_jinja(place: Place) -> list[str]:
     return place.fit("--model.chat_template", place.file("mine.jinja", "{% for m in messages %}{{ m }"))
+
+
+@says("chat_template_kwargs: enable_thinkin", "doesn't use this option", "did you mean enable_thinking?")
+def an_option_that_the_template_does_not_use(place: Place) -> list[str]:
+    template = (
+        "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% if enable_thinking %}{% endif %}"
+    )
+    options = ("--model.chat_template_kwargs", "{enable_thinkin: false}")
+    return place.fit("--model.chat_template", place.file("mine.jinja", template), *options)
 
 
 # --------------------------------------------------------------------------- run folders and checkpoints

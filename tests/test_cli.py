@@ -290,6 +290,9 @@ def test_the_run_says_what_it_starts_from_how_it_goes_and_where_it_ends(finished
     lines = finished.printed.splitlines()
     assert any(re.match(r"model .* parameters, .* trained \(100.0%\), Full", line) for line in lines)
     assert any("rows.jsonl: 14 rows as format Alpaca (lightning-sft 0.1.0)" in line for line in lines)
+    (table,) = (n for n, line in enumerate(lines) if line.startswith("source "))
+    assert lines[table].split()[-3:] == ["trained", "context", "lost"]
+    assert lines[table + 2].split()[1:7] == ["rows.jsonl", "14", "14", "0", "0", "14"]
     assert any("4 examples × 1 accumulated × 1 rank" in line and "6 in all" in line for line in lines)
     progress = [line for line in lines if line.startswith("step ")]
     assert [line.split()[1] for line in progress] == [f"{step}/6" for step in range(1, 7)]

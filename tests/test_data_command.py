@@ -99,6 +99,36 @@ def test_what_is_not_kept_is_told(capsys):
     assert "column 'category'" not in out
 
 
+def test_keys_within_messages_that_are_not_kept_are_told(capsys):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"x": {"y": 1}}}}
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}],
+            "id": 1,
+        },
+        {"role": "assistant", "content": None, "tool_calls": [call | {"index": 0}], "refusal": None, "id": 2},
+    ]
+    write("a.jsonl", [{"messages": messages, "tools": [tool]}])
+    out = run(capsys, "a.jsonl", "b.jsonl", "--to", "messages")
+    told = out[out.index("not kept") :].split("not kept ")[1:]
+    assert sorted(line.strip() for line in told) == [
+        "1 key 'messages[].content[].cache_control'",
+        "1 key 'messages[].refusal'",
+        "1 key 'messages[].tool_calls[].index'",
+        "2 key 'messages[].id'",
+    ]
+    assert rows("b.jsonl")[0]["tools"] == [tool]
+
+
+def test_objects_that_a_template_writes_are_kept_with_all_their_keys(capsys):
+    write("a.jsonl", [{"q": {"deep": {"x": 1}, "list": [{"z": 1}]}, "r": {"k": 1, "other": 2}}])
+    argv = ["--format", "columns", "--format.assistant", "{{ r.k }}", "--format.user", "{{ q | tojson }}"]
+    out = run(capsys, "a.jsonl", "b.jsonl", *argv, "--to", "messages")
+    assert out.endswith("not kept 1 key 'r.other'")
+
+
 def test_what_is_looked_at_to_find_the_format_is_not_kept_by_that(capsys, folder, monkeypatch):
     monkeypatch.syspath_prepend(folder)
     source = (

@@ -15,7 +15,9 @@ import pytest
 from lightning_sft.__main__ import main
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/fine-tuning.md", "docs/data.md", "docs/plugins.md", "docs/distributed.md"]
+PAGES = ["README.md"] + [
+    f"docs/{name}.md" for name in ("fine-tuning", "data", "evaluation", "plugins", "distributed")
+]
 
 
 def commands(page: str) -> list[str]:
@@ -90,3 +92,18 @@ def test_the_loss_of_the_plugin_guide_is_what_it_says():
     p = logits.softmax(-1)[torch.arange(5), targets]
     found = names["Focal"](gamma=1.5).per_token(TokenBatch(logits, targets, torch.ones(5)))
     assert torch.allclose(found, -((1 - p) ** 1.5) * p.log(), atol=1e-6)
+
+
+def test_the_evaluator_of_the_evaluation_guide_works():
+    from lightning_sft import Answered, Generated
+
+    text = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code is not None
+    names: dict[str, object] = {}
+    exec(code.group(1), names)
+    sums = names["Sums"](largest=2)
+    results = sums.score([Answered(item, (Generated(" 1", 2),)) for item in sums.requests()])
+    assert [(score.name, score.value) for score in results.scores] == [
+        ("sums", 0.5), ("sums/0 + …", 0.5), ("sums/1 + …", 0.5),
+    ]  # fmt: skip

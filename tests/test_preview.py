@@ -107,6 +107,32 @@ def test_every_policy_of_the_config_is_shown(capfd, config):
     )
 
 
+LONG = [
+    ("drop", [None], "dropped, so nothing of this is trained"),
+    ("truncate_right", [None], "('"),
+    ("truncate_left", [None], "('"),
+    ("drop_oldest_turns", [None], "tokens (messages 1-2) lost"),
+    ("split", ["piece 1 of 2: messages 1-2", "piece 2 of 2: messages 3-4"], "data.overlong: split"),
+]
+
+
+@pytest.mark.parametrize(("overlong", "pieces", "said"), LONG, ids=[name for name, _, _ in LONG])
+def test_what_is_left_of_a_long_example_is_shown_with_what_was_cut(capfd, config, overlong, pieces, said):
+    twice = {"messages": [*ROWS[0]["messages"], *ROWS[1]["messages"]]}
+    (config.parent / "rows.jsonl").write_text(json.dumps(twice), encoding="utf-8")
+    (whole,) = examples(capfd, "--config", config)
+    length = len(whole["tokens"])
+    options = (f"--data.max_length={length - 1}", f"--data.overlong={overlong}")
+    shown = examples(capfd, "--config", config, *options)
+    assert [each.get("piece") for each in shown] == pieces
+    for each in shown:
+        assert any(f"1 tokens longer than max_length {length - 1}" in text for text in each["warnings"])
+        assert any(said in text for text in each["warnings"])
+        assert (len(each["tokens"]) < length) == (overlong != "drop")
+    title = preview(capfd, "--config", config, *options).splitlines()[0]
+    assert (pieces[0] or "row 1: ") in title
+
+
 def test_mistakes_are_told_with_their_place(capfd, config, tmp_path):
     assert "no data is given for val" in mistake(capfd, "--config", config, "--part", "val")
     assert "no such config file" in mistake(capfd, "--config", tmp_path / "none.yaml")
@@ -201,7 +227,16 @@ def test_generation_tags_that_disagree_are_a_warning():
     assert agreeing.warnings == ()
     tags = SMOLLM.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>' }}")
     (short,) = shown(make_renderer(tokenizer, tags), talk)
-    assert "hold 0 tokens that aren't trained, and leave out 2 that are" in short.warnings[0]
+    assert (
+        "hold 0 tokens that aren't trained, and leave out 2 that are (the first: '<|im_end|>')"
+        in short.warnings[0]
+    )
+    untrained = conversation(("user", "a"), ("assistant", "b", 0.0), ("user", "c"), Message("assistant", "d"))
+    (more,) = shown(make_renderer(tokenizer, SMOLLM), untrained)
+    told = (
+        "hold 2 tokens that aren't trained (1 not trained: weight 0, 1 context), and leave out 0 that are: "
+    )
+    assert told in more.warnings[0]
 
 
 class _Tokens(HTMLParser):

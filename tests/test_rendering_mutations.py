@@ -128,3 +128,42 @@ def test_padding_that_is_the_end_of_turn_token_is_no_target():
     trained = int((long.weights > 0).sum()), int((short.weights > 0).sum())
     assert len(batch.targets) == sum(trained)
     assert batch.targets.tolist().count(tokenizer.pad_token_id) == 2, "each row's own end, no padding"
+
+
+def single_word():
+    """A tokenizer that takes the end of a turn for its token only between spaces."""
+    from tokenizers import AddedToken
+
+    tokenizer = build_tokenizer.__wrapped__("bytes", FAMILY.added[:1])
+    tokenizer.add_tokens([AddedToken("<|im_end|>", single_word=True, normalized=False, special=True)])
+    return tokenizer
+
+
+def doubled_bos():
+    tokenizer = build_tokenizer("bytes", FAMILY.added)
+    tokenizer.chat_template = "{{ bos_token + bos_token }}" + FAMILY.template
+    return tokenizer
+
+
+LINTS = {
+    "an end of turn that is no token": (
+        single_word,
+        encode.Encoder,
+        "_check_stops",
+        r"of the end-of-turn token <\|im_end\|> here",
+    ),
+    "two BOS tokens": (doubled_bos, layout._Rendered, "_check_bos", "begins with two BOS tokens"),
+}
+
+
+@pytest.mark.parametrize("lint", LINTS)
+def test_what_a_lint_refuses_passes_without_it(monkeypatch, lint):
+    from lightning_sft import Renderer, SFTError
+
+    make, owner, name, words = LINTS[lint]
+    tokenizer = make()
+    tokenizer.chat_template = tokenizer.chat_template or FAMILY.template.replace("<|im_end|>", "x<|im_end|>x")
+    with pytest.raises(SFTError, match=words):
+        Renderer(tokenizer).render(chat("hi", "one"))
+    monkeypatch.setattr(owner, name, lambda *arguments: None)
+    assert (Renderer(tokenizer).render(chat("hi", "one")).weights > 0).any()

@@ -228,8 +228,11 @@ def test_a_missing_bos_is_told():
     bos = ("<s>", tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[bos])
     assert any("writes no BOS token" in note for note in make_renderer(tokenizer, CHATML).render(PAIR).notes)
-    with_bos = make_renderer(tokenizer, "{{ bos_token }}" + CHATML).render(PAIR)
+    made = make_renderer(tokenizer, "{{ bos_token }}" + CHATML)
+    with_bos = made.render(PAIR)
     assert with_bos.notes == ()
+    (note,) = made.render(conversation(("user", "<s>hi"), ("assistant", "hello"))).notes
+    assert note == "there are BOS tokens (<s>) after the start: the template's, or in the messages"
     assert (with_bos.input_ids == tokenizer.bos_token_id).sum() == 1
 
 

@@ -143,7 +143,6 @@ def test_a_template_that_repeats_a_trained_turn_is_refused():
         ("{{ raise_exception('no such role') }}", "no such role"),
         ("{{ messages[0].text.strip() }}", "'dict object' has no attribute 'text'"),
         ("{{ 1 // 0 }}", "integer division or modulo by zero"),
-        ("{% for m in messages %}", "Unexpected end of template"),
     ],
 )
 def test_what_a_template_raises_is_said(template, words):
@@ -185,14 +184,6 @@ def test_half_a_character_is_refused():
     half = "\ud83d"
     assert "half a character" in refusal(chatml(), conversation(("user", half), ("assistant", "hello")))
     assert "half a character" in refusal(chatml(), Segments(((f"cut {half}", 1.0),), META))
-
-
-def test_a_slow_tokenizer_is_refused():
-    class Slow:
-        is_fast = False
-
-    with pytest.raises(SFTError, match=r"model\.tokenizer: Slow is a slow tokenizer"):
-        Renderer(Slow())
 
 
 def test_a_generation_prompt_that_holds_the_response_is_refused():

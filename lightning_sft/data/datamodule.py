@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_sft.data.batch import Batch
+from lightning_sft.data.cache import default_folder
+from lightning_sft.data.ledger import check_losses
 from lightning_sft.data.loading import Examples, PlanSampler, as_it_is
 from lightning_sft.data.mixture import check_weights, draw, rows_per_epoch
 from lightning_sft.data.packing import check_options
 from lightning_sft.data.plan import BatchPlan
-from lightning_sft.data.prepare import Overlong, Prepared, check_ids, check_losses, prepare
+from lightning_sft.data.prepare import Prepared, check_ids, prepare
 from lightning_sft.data.sources import Source
 from lightning_sft.data.split import shared_prompts, split_indices
+from lightning_sft.data.truncation import Overlong
+from lightning_sft.data.workers import cores
 from lightning_sft.errors import SFTError
 
 if TYPE_CHECKING:
@@ -42,7 +47,8 @@ class SFTDataModule(LightningDataModule):
             Rows with the same prompt stay on one side.
         split_seed: Seed of that split; apart from `seed`, so that runs with other seeds stay comparable.
         max_length: Most tokens of an example; by default the model's context.
-        overlong: What happens to longer ones: drop them, or cut them off at the right.
+        overlong: What happens to longer ones: `drop` them; cut them with `truncate_right` or `truncate_left`;
+            `drop_oldest_turns`; or `split` them into several examples.
         max_lost_fraction: Refuse to start if more than this fraction of the tokens to train would be lost.
         batch_size: Examples (with `packing`: packs) per rank in a micro-batch; with
             trainer.accumulate_grad_batches and the number of ranks it makes the global batch.
@@ -55,6 +61,10 @@ class SFTDataModule(LightningDataModule):
             have similar lengths; or `short_first`.
         val_batch_size: The same for validation and test; `batch_size` by default.
         num_workers: Processes that prepare batches beside training.
+        preparation_workers: Processes that render large data before training; by default one per core, 0 or 1 for
+            none besides this one.
+        cache: Keep prepared data for the next run: true (in `~/.cache/lightning-sft`, or the folder that
+            `LIGHTNING_SFT_CACHE` names), a folder, or false.
         seed: Seed of the order of the examples; by default `seed_everything`'s.
     """
 
@@ -75,6 +85,8 @@ class SFTDataModule(LightningDataModule):
         order: Literal["random", "grouped", "short_first"] = "random",
         val_batch_size: int | None = None,
         num_workers: int = 0,
+        preparation_workers: int | None = None,
+        cache: bool | str = True,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -83,6 +95,7 @@ class SFTDataModule(LightningDataModule):
         _at_least("batch_size", batch_size, 1)
         _at_least("val_batch_size", val_batch_size, 1)
         _at_least("num_workers", num_workers, 0)
+        _at_least("preparation_workers", preparation_workers, 0)
         _at_least("seed", seed, 0)
         _at_least("batch_tokens", batch_tokens, 2)
         _at_least("pack_length", pack_length, 2)
@@ -101,6 +114,8 @@ class SFTDataModule(LightningDataModule):
         self.order: Literal["random", "grouped", "short_first"] = order
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
         self.num_workers = num_workers
+        self.preparation_workers = cores() if preparation_workers is None else preparation_workers
+        self.cache_folder = default_folder() if cache is True else Path(cache).expanduser() if cache else None
         self._seed = seed
         self.prepared: dict[str, Prepared] = {}
         self._last_plan: tuple[tuple[object, ...], BatchPlan] | None = None
@@ -146,7 +161,8 @@ class SFTDataModule(LightningDataModule):
         return {
             part: {
                 "examples": len(prepared.examples),
-                "tokens": sum(prepared.lengths),
+                "tokens": int(prepared.lengths.sum()),
+                "from_cache": prepared.from_cache,
                 **({"examples_per_epoch": sum(self.examples_per_epoch)} if part == "train" else {}),
                 "sources": [ledger.as_json() for ledger in prepared.ledgers],
             }
@@ -157,8 +173,8 @@ class SFTDataModule(LightningDataModule):
     def examples_per_epoch(self) -> list[int]:
         """How many examples an epoch of training takes from each source."""
         sources = self.sources["train"]
-        have = Counter(self.prepared["train"].sources)
-        return [rows_per_epoch(have[index], source.weight) for index, source in enumerate(sources)]
+        have = np.bincount(self.prepared["train"].sources, minlength=len(sources)).tolist()
+        return [rows_per_epoch(rows, source.weight) for rows, source in zip(have, sources, strict=True)]
 
     @property
     def pack_length(self) -> int | None:
@@ -308,14 +324,23 @@ class SFTDataModule(LightningDataModule):
                 where="data.max_length",
                 fix=f"give at most {context}, or leave it out",
             )
+        limit = context if self.max_length is None else self.max_length
         prepared = prepare(
             self.sources[part],
             module.renderer,
-            max_length=context if self.max_length is None else self.max_length,
+            max_length=limit,
+            overlong=self.overlong,
+            cache_folder=self.cache_folder,
+            workers=self.preparation_workers,
+        )
+        check_losses(
+            prepared.ledgers,
+            self.max_lost_fraction,
+            max_length=limit,
+            context=context,
             overlong=self.overlong,
         )
-        check_losses(prepared, self.max_lost_fraction)
-        check_ids(prepared, module.vocabulary)
+        check_ids(prepared, module.tokenizer, module.vocabulary)
         self.prepared[part] = prepared
 
     def _split(self) -> None:

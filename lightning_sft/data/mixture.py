@@ -17,7 +17,9 @@ def rows_per_epoch(rows: int, weight: float) -> int:
     return max(1, round(rows * weight)) if rows else 0
 
 
-def draw(sources: Sequence[int], weights: Sequence[float], *, seed: int, epoch: int) -> NDArray[np.int64]:
+def draw(
+    sources: Sequence[int] | NDArray[np.int32], weights: Sequence[float], *, seed: int, epoch: int
+) -> NDArray[np.int64]:
     """The rows of an epoch, source by source; a row that is seen twice is in it twice.
 
     A source's rows go round in one seeded order, and every epoch takes the next `rows_per_epoch` of them. So

@@ -66,9 +66,9 @@ class BatchPlan:
 
     def __init__(
         self,
-        weight_sums: Sequence[float],
+        weight_sums: Sequence[float] | NDArray[np.float64],
         *,
-        lengths: Sequence[int] | None = None,
+        lengths: Sequence[int] | _Ints | None = None,
         rows: Sequence[int] | _Ints | None = None,
         batch_size: int = 1,
         batch_tokens: int | None = None,

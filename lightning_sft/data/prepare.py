@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import islice
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lightning_sft import plugins
+from lightning_sft.bases import DataFormat
 from lightning_sft.conversation import Meta, Row
+from lightning_sft.data import accounts, cache
 from lightning_sft.data.conversion import convert_rows, format_of
-from lightning_sft.data.ledger import SourceLedger, count_trained
+from lightning_sft.data.ledger import SourceLedger
 from lightning_sft.data.sources import Source, read_rows
 from lightning_sft.data.split import prompt_key
+from lightning_sft.data.store import Block, ExampleStore, Writer
+from lightning_sft.data.truncation import Overlong, fit
+from lightning_sft.data.workers import in_order
 from lightning_sft.errors import SFTError
-from lightning_sft.example import Example
 from lightning_sft.rendering import Renderer
-from lightning_sft.training.fingerprint import examples_digest
 
-Overlong = Literal["drop", "truncate_right"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 256  # conversations that are encoded in one call
+_CHUNK = 64  # rows that are converted, rendered and encoded at once
+_ALONE = 32  # chunks before other processes are started
 
 
 @dataclass
@@ -30,154 +40,150 @@ class Prepared:
 
     Args:
         examples: In the order of sources and rows.
-        keys: The prompt of each, normalised: what may not be on both sides of a split.
         ledgers: One account per source.
-        sources: The source of each, by index.
+        from_cache: They were prepared by an earlier run.
     """
 
-    examples: list[Example] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    ledgers: list[SourceLedger] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)
+    examples: ExampleStore
+    ledgers: list[SourceLedger]
+    from_cache: bool = False
 
     @cached_property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> NDArray[np.int64]:
         """Tokens of every example."""
-        return [len(example) for example in self.examples]
+        return self.examples.column("length").astype(np.int64)
 
     @cached_property
-    def weight_sums(self) -> list[float]:
+    def weight_sums(self) -> NDArray[np.float64]:
         """Σ weights of every example."""
-        return [float(example.weights.sum(dtype="float64")) for example in self.examples]
+        return self.examples.column("weight")
 
-    def part(self, rows: Sequence[int]) -> Prepared:
+    @cached_property
+    def sources(self) -> NDArray[np.int32]:
+        """The source of every example, by index."""
+        return self.examples.column("source")
+
+    @cached_property
+    def keys(self) -> NDArray[np.uint64]:
+        """A hash of the prompt of every example, normalised: what may not be on both sides of a split."""
+        return self.examples.column("key")
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens with a weight above 0."""
+        return int(self.examples.column("trained").sum(dtype=np.int64))
+
+    def part(self, rows: Sequence[int] | NDArray[np.int64]) -> Prepared:
         """Some of the examples, with the accounts of all."""
-        return Prepared(
-            [self.examples[row] for row in rows],
-            [self.keys[row] for row in rows],
-            self.ledgers,
-            [self.sources[row] for row in rows],
-        )
+        return Prepared(self.examples.part(rows), self.ledgers, self.from_cache)
 
     @cached_property
     def digest(self) -> str:
         """A hash of the examples in their order: token ids and weights."""
-        return examples_digest(self.examples)
+        return self.examples.digest
 
 
 def prepare(
-    sources: Sequence[Source], renderer: Renderer, *, max_length: int | None, overlong: Overlong
+    sources: Sequence[Source],
+    renderer: Renderer,
+    *,
+    max_length: int | None,
+    overlong: Overlong,
+    cache_folder: Path | None = None,
+    workers: int = 0,
 ) -> Prepared:
-    """Read the sources and render their rows.
+    """Read the sources and render their rows, or find what an earlier run made of the same ones.
 
     Args:
         sources: What to read, in this order.
         renderer: Makes examples of conversations.
         max_length: Most tokens of an example; None is no limit.
         overlong: What happens to a longer one.
+        cache_folder: Where results are kept; None keeps them for this process alone.
+        workers: Processes that share the work if there is much of it.
 
     Raises:
         SFTError: A source or a row is at fault; says which.
     """
-    prepared = Prepared()
-    for number, source in enumerate(sources):
-        ledger = SourceLedger(source=source.path, format="", weight=source.weight)
-        format, rows = format_of(source, _counted(read_rows(source), ledger, "rows"))
-        ledger.format = description = plugins.describe(format)
-        converted: set[tuple[str, int]] = set()
-        conversations = convert_rows(_counted(rows, ledger, "gathered_rows"), format, description)
-        while chunk := list(islice(conversations, _CHUNK)):
-            ledger.conversations += len(chunk)
-            converted.update(conversation.meta.place for conversation in chunk)
-            for conversation, examples in zip(chunk, renderer.render_each(chunk), strict=True):
-                key = prompt_key(conversation)
-                for example in examples:
-                    fitted = _fit(example, ledger, max_length, overlong)
-                    if fitted is not None:
-                        prepared.examples.append(fitted)
-                        prepared.keys.append(key)
-                        prepared.sources.append(number)
-        ledger.rows_without_conversation = ledger.gathered_rows - len(converted)
-        ledger.check()
-        prepared.ledgers.append(ledger)
-    return prepared
+    options: dict[str, Any] = {"max_length": max_length, "overlong": overlong}
+
+    def fill(folder: Path) -> None:
+        with Writer(folder) as writer:
+            ledgers = [
+                _write(number, source, renderer, options, writer, workers)
+                for number, source in enumerate(sources)
+            ]
+            writer.finish([ledger.as_json() for ledger in ledgers])
+
+    examples, from_cache = cache.examples(cache_folder, sources, renderer, options, fill)
+    ledgers = [accounts.from_json(SourceLedger, account) for account in examples.accounts]
+    for ledger, source in zip(ledgers, sources, strict=True):
+        ledger.weight = source.weight  # changes nothing of what is kept
+    return Prepared(examples, ledgers, from_cache)
 
 
-def check_losses(prepared: Prepared, max_lost_fraction: float) -> None:
-    """Refuse to go on when too much of what should be trained was lost.
-
-    Raises:
-        SFTError: More than `max_lost_fraction` of the trained tokens was lost, or nothing is left.
-    """
-    lost = [loss for ledger in prepared.ledgers for loss in ledger.lost]
-    trained = sum(ledger.trained_tokens for ledger in prepared.ledgers)
-    lost_trained = sum(loss.trained_tokens for loss in lost)
-    where = ", ".join(ledger.source for ledger in prepared.ledgers)
-    fix = "raise data.max_length; or choose data.overlong: truncate_right; or accept it with data.max_lost_fraction"
-    if not prepared.examples:
-        reasons = {reason for ledger in prepared.ledgers for reason in ledger.dropped}
-        raise SFTError(
-            "nothing is left to train on"
-            + (f": every example was {', '.join(sorted(reasons))}" if reasons else ""),
-            where=where,
-            fix=fix if reasons else "give data with at least one row",
-        )
-    fraction = lost_trained / (trained + lost_trained)
-    if fraction > max_lost_fraction:
-        raise SFTError(
-            f"{fraction:.1%} of the tokens to train ({lost_trained:,} of {trained + lost_trained:,}, in "
-            f"{sum(loss.examples for loss in lost):,} examples) would be lost, more than data.max_lost_fraction "
-            f"{max_lost_fraction:.1%}",
-            where=where,
-            fix=fix,
-        )
+def _write(
+    number: int, source: Source, renderer: Renderer, options: dict[str, Any], writer: Writer, workers: int
+) -> SourceLedger:
+    """Write the examples of a source; returns its account."""
+    ledger = SourceLedger(source=source.path, format="", weight=source.weight)
+    format, rows = format_of(source, _counted(read_rows(source), ledger))
+    ledger.format = plugins.describe(format)
+    work = partial(_make, format, ledger.format, renderer, number, options)
+    chunks = iter(lambda: list(islice(rows, _CHUNK)), [])
+    for block, account in in_order(work, chunks, workers, alone=_ALONE):
+        writer.append(block)
+        accounts.add(ledger, account)
+    ledger.check()
+    return ledger
 
 
-def check_ids(prepared: Prepared, vocabulary: int) -> None:
+def _make(
+    format: DataFormat,
+    description: str,
+    renderer: Renderer,
+    number: int,
+    options: dict[str, Any],
+    rows: list[tuple[Meta, Row]],
+) -> tuple[Block, SourceLedger]:
+    """The examples of some rows of source `number`, and their account."""
+    ledger = SourceLedger(source="", format="", gathered_rows=len(rows))
+    conversations = list(convert_rows(rows, format, description))
+    ledger.conversations = len(conversations)
+    ledger.rows_without_conversation = len(rows) - len({each.meta.place for each in conversations})
+    kept, prompts = [], []
+    for conversation, renderings in zip(conversations, renderer.explain(conversations), strict=True):
+        prompt = prompt_key(conversation)
+        for rendering in renderings:
+            fitted = fit(renderer, conversation, rendering, **options)
+            ledger.count(fitted)
+            for piece in fitted.kept:
+                kept.append(piece.example)
+                prompts.append(prompt)
+    return Block.of(kept, prompts, number), ledger
+
+
+def check_ids(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
     """Refuse tokens that the model doesn't have. (A tokenizer may know some that never occur, as Gemma 3's does.)
 
     Raises:
         SFTError: An example holds a token id of `vocabulary` or above; names its row.
     """
-    for example in prepared.examples:
-        if (largest := int(example.input_ids.max())) >= vocabulary:
-            raise SFTError(
-                f"the tokenizer makes token {largest}, the model's vocabulary has only {vocabulary}",
-                where=f"model.tokenizer: {example.meta}",
-                fix="use the tokenizer that the model was trained with",
-            )
-
-
-def _counted(
-    rows: Iterator[tuple[Meta, Row]], ledger: SourceLedger, account: Literal["rows", "gathered_rows"]
-) -> Iterator[tuple[Meta, Row]]:
-    for item in rows:
-        setattr(ledger, account, getattr(ledger, account) + 1)
-        yield item
-
-
-def _fit(
-    example: Example, ledger: SourceLedger, max_length: int | None, overlong: Overlong
-) -> Example | None:
-    ledger.rendered += 1
-    ledger.tokens += len(example)
-    for note in example.notes:
-        ledger.notes[note] = ledger.notes.get(note, 0) + 1
-    if max_length is None or len(example) <= max_length:
-        ledger.keep(example)
-        return example
-    reason, trained = f"longer than max_length {max_length}", count_trained(example)
-    if overlong == "truncate_right":
-        cut = replace(
-            example,
-            input_ids=example.input_ids[:max_length],
-            weights=example.weights[:max_length],
-            reasons=example.reasons[:max_length],
+    largest = prepared.examples.column("largest")
+    if (above := largest >= vocabulary).any():
+        first = int(np.argmax(above))
+        made = [prepared.examples[row].input_ids for row in np.flatnonzero(above).tolist()]
+        beyond = sorted({*np.concatenate([ids[ids >= vocabulary] for ids in made]).tolist()})
+        names = json.dumps(tokenizer.convert_ids_to_tokens(beyond[:8]), ensure_ascii=False)
+        raise SFTError(
+            f"the tokenizer makes token {largest[first]}, the model's vocabulary has only {vocabulary}",
+            where=f"model.tokenizer: {prepared.examples[first].meta}",
+            fix="use the tokenizer that the model was trained with; or, if the model is to learn these tokens, "
+            f"set model.new_tokens: {names}",
         )
-        if left := count_trained(cut):
-            ledger.lose(ledger.truncated, reason, len(example) - max_length, trained - left)
-            ledger.keep(cut)
-            return cut
-        reason = f"without a trained token in the first {max_length}"
-    ledger.lose(ledger.dropped, reason, len(example), trained)
-    return None
+
+
+def _counted(rows: Iterator[tuple[Meta, Row]], ledger: SourceLedger) -> Iterator[tuple[Meta, Row]]:
+    for item in rows:
+        ledger.rows += 1
+        yield item

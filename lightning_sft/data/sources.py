@@ -17,12 +17,15 @@ from difflib import get_close_matches
 from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lightning_sft.assets import data_path
 from lightning_sft.bases import DataFormat
 from lightning_sft.conversation import Meta, Row
 from lightning_sft.errors import SFTError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -66,32 +69,54 @@ def read_rows(source: Source) -> Iterator[tuple[Meta, Row]]:
     """
     if source.limit is not None and source.limit < 1:
         raise SFTError(f"limit is {source.limit}", where=source.path, fix="give 1 or more, or leave it out")
+    return islice(_rows(source), source.limit)
+
+
+def data_files(source: Source) -> list[Path] | None:
+    """The files that hold the source's rows; None where they come through `datasets`.
+
+    Raises:
+        SFTError: There is no such file or dataset.
+    """
     if not source.path.strip():
         raise SFTError("the path is empty", where="path", fix="give a data file, a folder or a Hub dataset")
     path = data_path(source.path) or Path(source.path).expanduser()
-    return islice(_rows(source, path), source.limit)
-
-
-def _rows(source: Source, path: Path) -> Iterator[tuple[Meta, Row]]:
     if path.exists() and (source.subset or source.split or source.revision):
         if path.is_dir():
-            return read_hub(source)
+            return None
         raise SFTError(
             "subset, split and revision are for datasets, this is a file",
             where=source.path,
             fix="leave them out, or give the dataset's folder",
         )
     if path.is_dir():
-        return (row for file in _files(path) for row in _read_file(file, str(file)))
+        return _files(path)
     if path.exists():
-        return _read_file(path, source.path)
+        return [path]
     if _HUB_ID.fullmatch(source.path) and _reader(path) is None:
-        return read_hub(source)
+        return None
     raise SFTError("no such file", where=source.path, fix=_did_you_mean(path))
 
 
+def _rows(source: Source) -> Iterator[tuple[Meta, Row]]:
+    files = data_files(source)
+    if files is None:
+        return read_hub(source)
+    path = data_path(source.path) or Path(source.path).expanduser()
+    names = map(str, files) if path.is_dir() else [source.path]
+    return (row for file, name in zip(files, names, strict=True) for row in _read_file(file, name))
+
+
 def read_hub(source: Source) -> Iterator[tuple[Meta, Row]]:
-    """The rows of a dataset on the Hub, or of a local dataset folder, through `datasets`.
+    """The rows of a dataset on the Hub, or of a local dataset folder, through `datasets`; raises as `hub_dataset`."""
+    dataset = hub_dataset(source)
+    _refuse_empty(len(dataset), source.path)
+    for number, row in enumerate(dataset, 1):
+        yield Meta(source.path, number), row
+
+
+def hub_dataset(source: Source) -> Dataset:
+    """The dataset of a source that has no data files of its own.
 
     Raises:
         SFTError: It can't be loaded: no network, no such dataset, subset or split, or no access.
@@ -99,7 +124,7 @@ def read_hub(source: Source) -> Iterator[tuple[Meta, Row]]:
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(
+        return load_dataset(
             source.path, name=source.subset, split=source.split or "train", revision=source.revision
         )
     except Exception as error:
@@ -110,9 +135,6 @@ def read_hub(source: Source) -> Iterator[tuple[Meta, Row]]:
             fix="check the id, `subset` and `split`; a gated or private dataset needs HF_TOKEN in the "
             f"environment; offline, give the path of a local file or folder. {hint}",
         ) from error
-    _refuse_empty(len(dataset), source.path)
-    for number, row in enumerate(dataset, 1):
-        yield Meta(source.path, number), row
 
 
 def _files(folder: Path) -> list[Path]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from lightning_sft.conversation import Conversation, Segments
 from lightning_sft.errors import SFTError
@@ -38,13 +40,13 @@ def _normal(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def split_indices(keys: Sequence[str], *, validation: float | int, seed: int) -> tuple[list[int], list[int]]:
+def split_indices(keys: ArrayLike, *, validation: float | int, seed: int) -> tuple[list[int], list[int]]:
     """The rows to train on and the rows to hold out, in ascending order; rows with one key stay together.
 
     Which keys are held out depends on the keys, their counts and the seed, not on the order of the rows.
 
     Args:
-        keys: The prompt key of each row.
+        keys: The prompt key of each row, or a hash of it.
         validation: How many rows to hold out: a fraction between 0 and 1, or a number of rows (a whole 50.0
             is 50 rows). Where whole groups don't give that number, a near one.
         seed: Which rows to hold out.
@@ -52,31 +54,31 @@ def split_indices(keys: Sequence[str], *, validation: float | int, seed: int) ->
     Raises:
         SFTError: The size is neither, or one side would have no rows.
     """
-    target = _target(len(keys), validation)
-    groups: dict[str, list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    if len(groups) < 2:
+    each = np.asarray(keys)
+    target = _target(len(each), validation)
+    values, group_of, counts = np.unique(each, return_inverse=True, return_counts=True)
+    if len(values) < 2:
         raise SFTError(
             "all rows have the same prompt, so none can be held out without leaking",
             where="data.val_split",
             fix="give validation data of its own, or more rows",
         )
-    order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())
-    chosen: set[str] = set()
+    hashes = [hashlib.sha256(f"{seed}\n{value}".encode()).digest() for value in values.tolist()]
+    order = sorted(range(len(values)), key=hashes.__getitem__)
+    sizes = counts.tolist()
+    chosen = np.zeros(len(values), dtype=bool)
     missing = target
-    for key in order:
-        if len(groups[key]) <= missing:
-            chosen.add(key)
-            missing -= len(groups[key])
-    left = [key for key in order if key not in chosen]
-    smallest = min(left, key=lambda key: len(groups[key]))
-    overshoot = len(groups[smallest]) - missing
-    if not chosen or (overshoot < missing and len(left) > 1):
-        chosen.add(smallest)
-    held_out = sorted(index for key in chosen for index in groups[key])
-    kept = set(held_out)
-    return [index for index in range(len(keys)) if index not in kept], held_out
+    for group in order:
+        if sizes[group] <= missing:
+            chosen[group] = True
+            missing -= sizes[group]
+    left = [group for group in order if not chosen[group]]
+    smallest = min(left, key=sizes.__getitem__)
+    overshoot = sizes[smallest] - missing
+    if not chosen.any() or (overshoot < missing and len(left) > 1):
+        chosen[smallest] = True
+    held_out = chosen[group_of]
+    return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
 
 
 def _target(rows: int, validation: float | int) -> int:
@@ -93,14 +95,13 @@ def _target(rows: int, validation: float | int) -> int:
     if not 0 < target < rows:
         side = "training" if target else "validation"
         raise SFTError(
-            f"{validation!r} of {rows} rows leaves none for {side}",
+            f"{validation:g} of {rows} rows leaves none for {side}",
             where="data.val_split",
             fix="ask for another size, or give more rows",
         )
     return target
 
 
-def shared_prompts(train_keys: Sequence[str], val_keys: Sequence[str]) -> int:
+def shared_prompts(train_keys: ArrayLike, val_keys: ArrayLike) -> int:
     """How many validation rows have a prompt that is also trained on: 0 where nothing leaks."""
-    trained = set(train_keys)
-    return sum(key in trained for key in val_keys)
+    return int(np.isin(val_keys, train_keys).sum())

@@ -9,7 +9,8 @@ generation prompt through the end-of-turn token, and nothing else.
 3. `layout`: a trained turn begins where the generation prompt ends (the history rendered with
    `add_generation_prompt=True`) and ends after its end-of-turn token; the policies say which turns are
    trained, and how much.
-4. `encode`: the text is encoded once, and the fast tokenizer's offsets map characters to tokens.
+4. `encode`: the text is encoded once, and the fast tokenizer's offsets map characters to tokens (`slow_offsets` for
+   a tokenizer that has none).
 
 A conversation for which one of these proofs fails is refused with the row's place; nothing is guessed.
 """

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from lightning_sft.conversation import Conversation, Message, Meta
+from lightning_sft.conversation import Conversation, Message, Meta, PartWeight
 from lightning_sft.errors import SFTError
 from lightning_sft.example import Reason
 from lightning_sft.rendering.locate import Piece, Wanted, locate
 from lightning_sft.rendering.policies import RenderPolicies, checked_weight
 from lightning_sft.rendering.template import Template, Tools, as_chat_message
 
-NO_EOT = "train_on_eot: none: no end of a turn is trained, and none is asked for"
+NO_EOT = "train_on_eot: none: no end of a turn is trained, and whether each turn has one isn't checked"
 AFTERWARDS = "text to train on after the last trained turn is in no example (split_turns)"
 
 _KEEP = "use a chat template that keeps history (model.chat_template), or give the turn weight 0"
@@ -39,10 +39,28 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Messages of a conversation that are rendered together, as inference would see them.
+
+    Args:
+        messages: Their numbers in the conversation, counted from 0, in ascending order.
+        trained: Which of them may be trained here; the others, if they are trained at all, are so elsewhere.
+        turn: The message that this is the example of, counted from 1, with `split_turns`.
+        notes: What is worth knowing about it.
+    """
+
+    messages: tuple[int, ...]
+    trained: frozenset[int]
+    turn: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """A text with its spans, before it is encoded; of spans that overlap, the later one counts.
 
-    `prefix` and `suffix` are token ids around the text; the suffix lies one character behind it.
+    `prefix` and `suffix` are token ids around the text; the suffix lies one character behind it. `part` is what it
+    holds of a conversation, `stops` the end-of-turn tokens of trained turns, with the character at which each begins.
     """
 
     text: str
@@ -50,66 +68,83 @@ class Layout:
     meta: Meta
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
-    turn: int | None = None
+    part: Part | None = None
     notes: tuple[str, ...] = ()
+    stops: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """A message's weight, and the reason for it."""
+    """A message's weight, the reason for it, and those of its parts; whether anything of it is trained."""
 
     weight: float
     reason: Reason
+    parts: tuple[PartWeight, ...] = ()
+
+    @property
+    def trained(self) -> bool:
+        return self.weight > 0 or any(part.weight > 0 for part in self.parts)
 
 
-def conversation_layouts(
-    template: Template, policies: RenderPolicies, conversation: Conversation
-) -> list[Layout]:
-    """The layout of a conversation; with `split_turns`, one of each trained turn.
+def conversation_parts(policies: RenderPolicies, conversation: Conversation) -> list[Part]:
+    """The whole conversation; with `split_turns`, a part for each trained turn, with the history before it.
+
+    Raises:
+        SFTError: A message has a weight that can't be; says which, without the row's place.
+    """
+    shares = _shares(conversation.messages, policies)
+    turns = [n for n, m in enumerate(conversation.messages) if _is_trained_turn(m.role, shares[n])]
+    if not (policies.split_turns and turns):
+        whole = range(len(shares))
+        return [Part(tuple(whole), frozenset(whole))]
+    parts, before = [], 0
+    rest = any(share.trained for share in shares[turns[-1] + 1 :])
+    for turn in turns:
+        notes = (AFTERWARDS,) if rest and turn == turns[-1] else ()
+        parts.append(Part(tuple(range(turn + 1)), frozenset(range(before, turn + 1)), turn + 1, notes))
+        before = turn + 1
+    return parts
+
+
+def part_layout(
+    template: Template, policies: RenderPolicies, conversation: Conversation, part: Part
+) -> Layout:
+    """The layout of a part of a conversation; weights and policies are those of the whole.
 
     Raises:
         SFTError: It can't be rendered exactly; says which message and why, without the row's place.
     """
     shares = _shares(conversation.messages, policies)
-    turns = [n for n, m in enumerate(conversation.messages) if _is_trained_turn(m, shares[n])]
-    if not (policies.split_turns and turns):
-        return [_Rendered(template, policies, conversation, shares).layout()]
-    layouts, before = [], 0
-    rest = any(share.weight > 0 for share in shares[turns[-1] + 1 :])
-    for turn in turns:
-        own = [
-            share if before <= n or share.weight == 0 else _Share(0.0, Reason.OTHER_TURN)
-            for n, share in enumerate(shares[: turn + 1])
-        ]
-        part = Conversation(conversation.messages[: turn + 1], conversation.tools, conversation.meta)
-        notes = (AFTERWARDS,) if rest and turn == turns[-1] else ()
-        layouts.append(_Rendered(template, policies, part, own).layout(turn=turn + 1, notes=notes))
-        before = turn + 1
-    return layouts
+    own = [
+        shares[n] if n in part.trained or not shares[n].trained else _Share(0.0, Reason.OTHER_TURN)
+        for n in part.messages
+    ]
+    return _Rendered(template, policies, conversation, part, own).layout()
 
 
-def _is_trained_turn(message: Message, share: _Share) -> bool:
-    return message.role == "assistant" and share.weight > 0
+def _is_trained_turn(role: str, share: _Share) -> bool:
+    return role == "assistant" and share.trained
 
 
 def _shares(messages: Sequence[Message], policies: RenderPolicies) -> list[_Share]:
     """What the messages' own weights and the policies make of each."""
     shares = []
+    defaults = {"assistant": 1.0, "tool": 0.0}
     for number, message in enumerate(messages, 1):
         place = _place(number, message)
-        if message.role == "assistant":
-            weight = checked_weight(1.0 if message.weight is None else message.weight, place)
-            shares.append(_Share(weight, Reason.TRAINED if weight > 0 else Reason.ZERO_WEIGHT))
-            continue
-        default = 0.0 if message.role == "tool" else policies.prompt_weight
+        default = defaults.get(message.role, policies.prompt_weight)
         weight = checked_weight(default if message.weight is None else message.weight, place)
-        if message.role == "tool" and weight > 0:
+        parts = tuple(replace(p, weight=checked_weight(p.weight, place)) for p in message.part_weights)
+        untrained = Reason.ZERO_WEIGHT if message.role == "assistant" else Reason.CONTEXT
+        share = _Share(weight, Reason.TRAINED if weight > 0 else untrained, parts)
+        if message.role == "tool" and share.trained:
+            highest = max(weight, *(part.weight for part in parts)) if parts else weight
             raise SFTError(
-                f"the result of a tool has weight {weight:g}, but the model never writes one",
+                f"the result of a tool has weight {highest:g}, but the model never writes one",
                 where=place,
                 fix="give it weight 0, or none",
             )
-        shares.append(_Share(weight, Reason.TRAINED if weight > 0 else Reason.CONTEXT))
+        shares.append(share)
     if policies.train_on == "last_turn":
         turns = [n for n, message in enumerate(messages) if message.role == "assistant"]
         for turn in turns[:-1]:
@@ -129,20 +164,24 @@ class _Rendered:
         template: Template,
         policies: RenderPolicies,
         conversation: Conversation,
+        part: Part,
         shares: Sequence[_Share],
     ) -> None:
         self.template = template
         self.policies = policies
-        self.conversation = conversation
+        self.meta = conversation.meta
+        self.part = part
         self.shares = shares
-        self.places = [_place(n, message) for n, message in enumerate(conversation.messages, 1)]
-        self.messages = [as_chat_message(message) for message in conversation.messages]
+        self.roles = [conversation.messages[n].role for n in part.messages]
+        self.places = [_place(n + 1, conversation.messages[n]) for n in part.messages]
+        self.messages = [as_chat_message(conversation.messages[n]) for n in part.messages]
         self.tools: Tools = conversation.tools
         self.text = template.render(self.messages, self.tools)
-        self.turns = [n for n, m in enumerate(conversation.messages) if _is_trained_turn(m, shares[n])]
-        self.notes: list[str] = []
+        self.turns = [n for n, role in enumerate(self.roles) if _is_trained_turn(role, shares[n])]
+        self.stops: list[tuple[int, str]] = []
+        self.notes = [*template.notes, *self._unused_options(conversation.chat_template_kwargs)]
 
-    def layout(self, turn: int | None = None, notes: tuple[str, ...] = ()) -> Layout:
+    def layout(self) -> Layout:
         """The text with its spans."""
         located = self._located()
         self._check_bos(located)
@@ -151,28 +190,45 @@ class _Rendered:
             if not pieces:
                 continue
             start, end = pieces[0].start, pieces[-1].end
+            message = self.part.messages[number]
             if number in self.turns:
                 limit = min((p[0].start for p in located[number + 1 :] if p), default=len(self.text))
                 spans += self._turn(number, pieces, limit)
-            elif self.conversation.messages[number].role == "assistant" or share.weight > 0:
-                spans.append(Span(start, end, share.weight, share.reason, number))
+            elif share.parts:
+                spans += [self._part_span(number, piece, piece.start, piece.end) for piece in pieces]
+            elif self.roles[number] == "assistant" or share.weight > 0:
+                spans.append(Span(start, end, share.weight, share.reason, message))
             else:
-                spans += [Span(piece.start, piece.end, 0.0, share.reason, number) for piece in pieces]
+                spans += [Span(piece.start, piece.end, 0.0, share.reason, message) for piece in pieces]
         if self.policies.train_on_eot == "none":
             self.notes.append(NO_EOT)
-        return Layout(self.text, tuple(spans), self.conversation.meta, turn=turn, notes=(*self.notes, *notes))
+        return Layout(
+            text=self.text,
+            spans=tuple(spans),
+            meta=self.meta,
+            part=self.part,
+            notes=(*self.notes, *self.part.notes),
+            stops=tuple(self.stops),
+        )
+
+    def _unused_options(self, given: Mapping[str, object]) -> list[str]:
+        options = [name for name in given if not self.template.uses(name)]
+        return (
+            [f"the chat template doesn't use the row's chat_template_kwargs {', '.join(options)}"]
+            if options
+            else []
+        )
 
     def _located(self) -> list[list[Piece]]:
         wanted = [
             Wanted(
                 place=place,
-                trained=share.weight > 0,
-                own=message.role == "assistant",
-                reasoning=self.policies.train_reasoning or message.role != "assistant",
+                trained=share.trained,
+                own=role == "assistant",
+                reasoning=self.policies.train_reasoning or role != "assistant",
+                weights=share.parts if share.trained else (),
             )
-            for place, share, message in zip(
-                self.places, self.shares, self.conversation.messages, strict=True
-            )
+            for place, share, role in zip(self.places, self.shares, self.roles, strict=True)
         ]
         try:
             return locate(self.template, self.messages, self.tools, self.text, wanted)
@@ -194,21 +250,35 @@ class _Rendered:
 
     def _turn(self, number: int, pieces: Sequence[Piece], limit: int) -> list[Span]:
         """The spans of a trained turn: what the model produces, without what the policies leave out."""
-        weight = self.shares[number].weight
+        message = self.part.messages[number]
         start = self._start(number, pieces[0].start)
         stop, end = self._stop(number, pieces[-1].end, limit)
         self._check_history_is_kept(number, end)
-        spans = [Span(start, end, weight, Reason.TRAINED, number)]
+        if self.shares[number].parts:
+            # What the template writes between parts goes with the later one, the end of the turn with the last.
+            starts = [start, *(piece.end for piece in pieces[:-1])]
+            ends = [*(piece.end for piece in pieces[:-1]), end]
+            between = zip(pieces, starts, ends, strict=True)
+            spans = [self._part_span(number, piece, *place) for piece, *place in between]
+        else:
+            spans = [Span(start, end, self.shares[number].weight, Reason.TRAINED, message)]
         if not self.policies.train_reasoning:
             spans += [
-                Span(piece.start, piece.end, 0.0, Reason.REASONING, number)
+                Span(piece.start, piece.end, 0.0, Reason.REASONING, message)
                 for piece in pieces
                 if piece.part == "reasoning"
             ]
         trained_eot = {"turn": True, "last": number == self.turns[-1], "none": False}
         if not trained_eot[self.policies.train_on_eot]:
-            spans.append(Span(stop, end, 0.0, Reason.END_OF_TURN, number))
+            spans.append(Span(stop, end, 0.0, Reason.END_OF_TURN, message))
         return spans
+
+    def _part_span(self, number: int, piece: Piece, start: int, end: int) -> Span:
+        """The span of a part: with its own weight, or else the message's."""
+        share = self.shares[number]
+        weight = share.weight if piece.weight is None else piece.weight
+        reason = Reason.TRAINED if weight > 0 else Reason.ZERO_WEIGHT
+        return Span(start, end, weight, reason, self.part.messages[number])
 
     def _start(self, number: int, first_piece: int) -> int:
         """Where the generation prompt ends, which inference gives the model.
@@ -222,8 +292,8 @@ class _Rendered:
             if len(prompt) > first_piece:
                 raise SFTError("the generation prompt reaches into this message", where=place)
             return len(prompt)
-        parted = _common(prompt, self.text)
-        if parted >= _common(prompt, self.template.render(history, self.tools)):
+        parted = common_length(prompt, self.text)
+        if parted >= common_length(prompt, self.template.render(history, self.tools)):
             start = min(parted, first_piece)
             self.notes.append(
                 f"the generation prompt ends with {prompt[start:]!r}, which the rendered turn leaves out: "
@@ -244,6 +314,8 @@ class _Rendered:
         found = [(at, -len(stop)) for stop in stops if (at := self.text.find(stop, after, limit)) >= 0]
         if found:
             at, length = min(found)
+            if not none:
+                self.stops.append((at, self.text[at : at - length]))
             return at, at - length
         through = self.template.render(self.messages[: number + 1], self.tools)
         if not none:
@@ -256,7 +328,7 @@ class _Rendered:
                 if ends_as_last
                 else "use a chat template that ends every assistant turn (model.chat_template)",
             )
-        end = max(after, min(_common(through.rstrip(), self.text), limit))
+        end = max(after, min(common_length(through.rstrip(), self.text), limit))
         return end, end
 
     def _check_history_is_kept(self, number: int, end: int) -> None:
@@ -273,7 +345,7 @@ class _Rendered:
             )
 
     def _check_bos(self, located: Sequence[Sequence[Piece]]) -> None:
-        """Refuse a second BOS at the start; note a missing one."""
+        """Refuse a second BOS at the start; note a missing one, and those further on."""
         tokenizer = self.template.tokenizer
         bos = tokenizer.bos_token
         if not bos:
@@ -287,9 +359,13 @@ class _Rendered:
             )
         if self.template.tokenizer_adds_bos and not self.text.startswith(bos):
             self.notes.append(f"the chat template writes no BOS token ({bos}), which other texts get")
+        if bos not in (tokenizer.eos_token, *self.template.known_stops) and bos in self.text[len(bos) :]:
+            self.notes.append(
+                f"there are BOS tokens ({bos}) after the start: the template's, or in the messages"
+            )
 
 
-def _common(one: str, other: str) -> int:
+def common_length(one: str, other: str) -> int:
     """How many characters the texts have in common at their start."""
     return next(
         (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
@@ -297,5 +373,5 @@ def _common(one: str, other: str) -> int:
 
 
 def _parting(expected: str, text: str) -> str:
-    at = _common(expected, text)
+    at = common_length(expected, text)
     return f"character {at}: {expected[at : at + 40]!r} against {text[at : at + 40]!r}"

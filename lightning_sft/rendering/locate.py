@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
+from lightning_sft.conversation import PartWeight
 from lightning_sft.errors import SFTError
 from lightning_sft.rendering.template import ChatMessage, Template, Tools
 
@@ -21,11 +23,12 @@ _DIGITS = 7
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A text of a message: the characters from `start` to before `end` of the rendering."""
+    """A text of a message: the characters from `start` to before `end` of the rendering, and its own weight."""
 
     start: int
     end: int
     part: Part
+    weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +40,14 @@ class Wanted:
         trained: Whether it is trained, so that its pieces may occur only once.
         own: Whether the model wrote it: what an untrained turn of its own leaves out, it leaves out at inference.
         reasoning: Whether its reasoning is trained; if not, the template may leave it out.
+        weights: The weights of its parts, each of which is a piece of its own.
     """
 
     place: str
     trained: bool
     own: bool
     reasoning: bool
+    weights: tuple[PartWeight, ...] = ()
 
 
 def locate(
@@ -63,7 +68,10 @@ def locate(
     try:
         return _Search(template, messages, tools, text, wanted).found
     except SFTError:
-        apart = [_thought_apart(m) if w.trained else m for m, w in zip(messages, wanted, strict=True)]
+        apart = [
+            _thought_apart(m) if w.trained and not w.weights else m
+            for m, w in zip(messages, wanted, strict=True)
+        ]
         if apart == list(messages) or template.render(apart, tools) != text:
             raise
         return _Search(template, apart, tools, text, wanted).found
@@ -83,7 +91,7 @@ class _Search:
         # Its one 9 is its first character, so it can't overlap itself or be completed by a text before it.
         self._nonce = next(nonce for n in range(10**9) if (nonce := f"9{_without_nines(n):0>11}") not in text)
         self._stops = template.known_stops
-        self._parts: list[Part] = []
+        self._parts: list[tuple[Part, float | None]] = []
         wrapped_tools = [_with_name(tool, lambda value: self._wrap(value, "content")) for tool in tools]
         tool_numbers = range(len(self._parts))
         wrapped, owned = [], []
@@ -104,38 +112,69 @@ class _Search:
 
     def _wrapped_message(self, message: ChatMessage, want: Wanted) -> ChatMessage:
         wrapped = dict(message)
-        content = message["content"]
-        thought = None if want.reasoning else _THOUGHT.fullmatch(str(content))
+        content = str(message["content"])
+        thought = None if want.reasoning else _THOUGHT.fullmatch(content)
         if thought and want.own and want.trained:
-            opening, inner, closing, rest = thought.groups()
-            content = f"{opening}{self._wrap(inner, 'reasoning')}{closing}{self._wrap(rest, 'content')}"
+            cuts: list[tuple[int, int, Part]] = [
+                (*thought.span(2), "reasoning"),
+                (*thought.span(4), "content"),
+            ]
         else:
-            content = self._wrap(content, "content")
-        wrapped["content"] = content
+            cuts = [(0, len(content), "content")]
+        wrapped["content"] = self._wrap_text(content, cuts, _of("content", want.weights))
         # An untrained turn's reasoning may be left out, as many templates do with earlier turns.
         if want.trained and "reasoning_content" in message:
-            wrapped["reasoning_content"] = self._wrap(message["reasoning_content"], "reasoning")
+            reasoning = str(message["reasoning_content"])
+            cuts = [(0, len(reasoning), "reasoning")]
+            wrapped["reasoning_content"] = self._wrap_text(reasoning, cuts, _of("reasoning", want.weights))
         if isinstance(calls := message.get("tool_calls"), list):
-            wrapped["tool_calls"] = [{**c, "function": self._wrap(c["function"], "call")} for c in calls]
+            ranges = _of("tool_calls", want.weights)
+            weights = [_at(n, ranges) for n in range(len(calls))]
+            wrapped["tool_calls"] = [
+                {**call, "function": self._wrap(call["function"], "call", weight)}
+                for call, weight in zip(calls, weights, strict=True)
+            ]
         return wrapped
 
-    def _wrap(self, value: object, part: Part) -> object:
+    def _wrap_text(
+        self, text: str, cuts: Sequence[tuple[int, int, Part]], weights: Sequence[PartWeight]
+    ) -> str:
+        """The text with each cut, and within it each part with a weight and what lies between, in sentinels.
+
+        Outer whitespace of a cut stays outside.
+        """
+        edges = sorted({edge for each in weights for edge in (each.start, each.end)})
+        out, done = "", 0
+        for start, end, part in cuts:
+            end -= len(text[start:end]) - len(text[start:end].rstrip())
+            start += len(text[start:end]) - len(text[start:end].lstrip())
+            inner = [start, *(edge for edge in edges if start < edge < end), end]
+            out += text[done:start]
+            for a, b in pairwise(inner):
+                out += self._marked(text[a:b], part, _at(a, weights)) if a < b else ""
+            done = end
+        return out + text[done:]
+
+    def _marked(self, text: str, part: Part, weight: float | None) -> str:
+        number = len(self._parts)
+        self._parts.append((part, weight))
+        opening, closing = (f"{self._nonce}{number:0{_DIGITS - 1}}{side}" for side in (1, 2))
+        return f"{opening}{text}{closing}"
+
+    def _wrap(self, value: object, part: Part, weight: float | None = None) -> object:
         """`value` with sentinels inside its outer whitespace, so that templates that trim still do."""
         if isinstance(value, str) and (core := value.strip()):
-            at, number = value.index(core), len(self._parts)
-            end = at + len(core)
-            self._parts.append(part)
-            opening, closing = (f"{self._nonce}{number:0{_DIGITS - 1}}{side}" for side in (1, 2))
-            return f"{value[:at]}{opening}{core}{closing}{value[end:]}"
+            at = value.index(core)
+            return f"{value[:at]}{self._marked(core, part, weight)}{value[at + len(core) :]}"
         if isinstance(value, Mapping):
             return {
-                self._wrap(key, part) if any(stop in key for stop in self._stops) else key: self._wrap(
-                    item, part
-                )
+                self._wrap(key, part, weight)
+                if any(stop in key for stop in self._stops)
+                else key: self._wrap(item, part, weight)
                 for key, item in value.items()
             }
         if isinstance(value, list | tuple):
-            return [self._wrap(item, part) for item in value]
+            return [self._wrap(item, part, weight) for item in value]
         return value
 
     def _taken_apart(self, marked: str, text: str) -> dict[tuple[int, int], list[int]]:
@@ -159,7 +198,7 @@ class _Search:
         pieces = []
         for number in numbers:
             starts, ends = (self._positions.get((number, side), []) for side in (1, 2))
-            part = self._parts[number]
+            part, weight = self._parts[number]
             if len(starts) != len(ends) or not starts:
                 if (want.own and not want.trained) or (part == "reasoning" and not want.reasoning):
                     continue
@@ -176,10 +215,19 @@ class _Search:
                 )
             if want.trained and len(starts) > 1:
                 raise SFTError("the chat template repeats the text of this message", where=want.place)
-            pieces.append(Piece(starts[0], ends[0], part))
+            pieces.append(Piece(starts[0], ends[0], part, weight))
         if want.trained and want.own and not pieces:
             raise SFTError("the response is empty", where=want.place, fix="remove the row, or fill it in")
         return sorted(pieces, key=lambda piece: (piece.start, piece.end))
+
+
+def _of(field: str, weights: Sequence[PartWeight]) -> list[PartWeight]:
+    return [each for each in weights if each.field == field]
+
+
+def _at(place: int, weights: Sequence[PartWeight]) -> float | None:
+    """The weight of the part that a character or a call is in; None outside."""
+    return next((each.weight for each in weights if each.start <= place < each.end), None)
 
 
 def _thought_apart(message: ChatMessage) -> ChatMessage:

@@ -12,7 +12,7 @@ from lightning_sft.conversation import Conversation, Message, Segments
 from lightning_sft.errors import SFTError
 from lightning_sft.example import Example, Reason
 from lightning_sft.rendering.encode import Encoder, Rendering
-from lightning_sft.rendering.layout import Layout, Span, conversation_layouts
+from lightning_sft.rendering.layout import Layout, Part, Span, conversation_parts, part_layout
 from lightning_sft.rendering.policies import RenderPolicies, checked_weight
 from lightning_sft.rendering.template import Template, as_chat_message
 
@@ -24,34 +24,34 @@ class Renderer:
     """Renders conversations for one tokenizer and chat template.
 
     Args:
-        tokenizer: A fast tokenizer.
+        tokenizer: A fast tokenizer; a slow one works too, if its texts decode to what they were.
         chat_template: A Jinja file, the name of a shipped template, or None for the tokenizer's own
             (`plain` for a tokenizer without one).
+        chat_template_kwargs: What the template is given besides the messages, such as `enable_thinking`.
         policies: The fields of `RenderPolicies`, by name.
 
     Raises:
-        SFTError: The tokenizer gives no offsets, the template can't be found, or a policy has a value that
-            doesn't exist.
+        SFTError: The template can't be found or read or doesn't take the
+            options, or a policy has a value that doesn't exist.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None, **policies: Any
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        **policies: Any,
     ) -> None:
-        if not tokenizer.is_fast:
-            raise SFTError(
-                f"{type(tokenizer).__name__} is a slow tokenizer: it doesn't tell where a token lies",
-                where="model.tokenizer",
-                fix="save it as a fast one (a folder with tokenizer.json) and give that folder",
-            )
         self.tokenizer = tokenizer
         self.policies = RenderPolicies(**policies)
-        self.template = Template(tokenizer, chat_templates.resolve(chat_template, tokenizer))
+        text = chat_templates.resolve(chat_template, tokenizer)
+        self.template = Template(tokenizer, text, chat_template_kwargs, chat_template)
         self._encoder = Encoder(tokenizer)
 
     @property
     def chat_template(self) -> str:
-        """The chat template's text."""
-        return self.template.text
+        """The chat template's text, with `chat_template_kwargs` as defaults."""
+        return self.template.text_with_options
 
     def render(self, conversation: Conversation | Segments) -> Example | list[Example]:
         """The example of one conversation: an `Example`; with `split_turns`, a list of them.
@@ -76,6 +76,11 @@ class Renderer:
         renderings = iter(self._encoder.encode(list(chain.from_iterable(layouts))))
         return ([next(renderings) for _ in each] for each in layouts)
 
+    def explain_part(self, conversation: Conversation, part: Part) -> Rendering:
+        """The example of some of a conversation's messages; raises as `render`."""
+        (rendering,) = self._encoder.encode(self._layouts(conversation, part))
+        return rendering
+
     def generation_prompt(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]] = ()
     ) -> str:
@@ -99,12 +104,14 @@ class Renderer:
         names = [*self.template.known_stops, self.tokenizer.eos_token]
         return tuple(dict.fromkeys(int(self.tokenizer.convert_tokens_to_ids(name)) for name in names))
 
-    def _layouts(self, conversation: Conversation | Segments) -> list[Layout]:
+    def _layouts(self, conversation: Conversation | Segments, part: Part | None = None) -> list[Layout]:
         try:
             if isinstance(conversation, Segments):
                 layouts = [self._segments_layout(conversation)]
             else:
-                layouts = conversation_layouts(self.template, self.policies, conversation)
+                template = self.template.with_options(conversation.chat_template_kwargs)
+                parts = conversation_parts(self.policies, conversation) if part is None else [part]
+                layouts = [part_layout(template, self.policies, conversation, each) for each in parts]
             for layout in layouts:
                 layout.text.encode()
             return layouts

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -18,6 +21,9 @@ ChatMessage = dict[str, object]
 
 Tools = Sequence[Mapping[str, object]]
 
+_MARKER = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>|<(?:start|end)_of_[a-z_]+>")
+"""What is meant to be one token, by its looks."""
+
 _PROBE = "900000000000000"  # digits: templates that change the case of a text leave them alone
 
 
@@ -27,11 +33,69 @@ class Template:
     Args:
         tokenizer: Whose special tokens the template may use.
         text: The template in Jinja.
+        options: What it is given besides the messages, such as `enable_thinking`.
+        name: Where it is from, for errors.
+
+    Raises:
+        SFTError: It is no Jinja, or doesn't take these options.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        options: Mapping[str, object] | None = None,
+        name: str | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.text = text
+        self.options = dict(options or {})
+        self._variants: dict[str, Template] = {}
+        _check_syntax(text, name or "the tokenizer's own")
+        for option in self.options:
+            self._check_option(option)
+
+    def with_options(self, options: Mapping[str, object]) -> Template:
+        """The template with the options of one conversation, which count before its own.
+
+        Raises:
+            SFTError: They are no options of a template.
+        """
+        if not options:
+            return self
+        key = json.dumps(options, sort_keys=True)
+        if key not in self._variants:
+            variant = self._variants[key] = Template(self.tokenizer, self.text, self.options)
+            for option in options:
+                variant._check_option(option, unused=True)
+            variant.options |= options
+        return self._variants[key]
+
+    def uses(self, option: str) -> bool:
+        """Whether the template's text has the option's name in it."""
+        return re.search(rf"\b{re.escape(option)}\b", self.text) is not None
+
+    def _check_option(self, option: str, *, unused: bool = False) -> None:
+        where = f"chat_template_kwargs: {option}"
+        own = {*inspect.signature(self.tokenizer.apply_chat_template).parameters, "messages"}
+        if not option.isidentifier() or option in own | {*self.tokenizer.special_tokens_map}:
+            raise SFTError("this is no option of a chat template", where=where, fix="leave it out")
+        if not unused and not self.uses(option):
+            close = get_close_matches(option, set(re.findall(r"[a-z_]\w+", self.text)), n=1)
+            raise SFTError(
+                "the chat template doesn't use this option",
+                where=where,
+                fix=f"did you mean {close[0]}?" if close else "leave it out",
+            )
+
+    @property
+    def text_with_options(self) -> str:
+        """The template with its options as defaults, so that inference uses them without being told."""
+        lines = [
+            f"{{% set {name} = {name} if {name} is defined else {value!r} %}}\n"  # Jinja takes Python's literals
+            for name, value in self.options.items()
+        ]
+        return "".join([*lines, self.text])
 
     def render(
         self, messages: Sequence[ChatMessage], tools: Tools, *, generation_prompt: bool = False
@@ -48,6 +112,7 @@ class Template:
                 chat_template=self.text,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
+                **self.options,
             )
             return str(text)
         except Exception as error:  # a template is a program: it can fail in any way
@@ -66,6 +131,7 @@ class Template:
             chat_template=self.text,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
+            **self.options,
         )
         return [(int(start), int(end)) for start, end in indices[0]]
 
@@ -76,16 +142,13 @@ class Template:
         Raises:
             SFTError: The template ends a turn with no token at all, so the model could never learn to stop.
         """
-        probe: list[ChatMessage] = [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": _PROBE},
-        ]
-        after = self.render(probe, ()).partition(_PROBE)[2]
+        after = self.render(_TURN, ()).partition(_PROBE)[2]
         if not (found := self._added_tokens(after)):
+            add = f", or make it one: {_new_tokens(self._markers)}" if _MARKER.search(after) else ""
             raise SFTError(
                 f"the chat template ends a turn with {after!r}: no token that generation could stop on",
                 where="model.chat_template",
-                fix=f"use a template that writes an end-of-turn token, such as {self.tokenizer.eos_token}",
+                fix=f"use a template that writes an end-of-turn token, such as {self.tokenizer.eos_token}{add}",
             )
         return found[0]
 
@@ -123,11 +186,55 @@ class Template:
         """Whether the tokenizer puts BOS before a text by itself."""
         return self.tokenizer.bos_token_id in self.tokenizer("a")["input_ids"][:1]
 
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth knowing of every conversation rendered with it."""
+        split = [name for name in self._markers if len(self.tokenizer.tokenize(name)) > 1]
+        if not split:
+            return ()
+        return (
+            f"the chat template writes {', '.join(split)}, of which this tokenizer makes several tokens; as one "
+            f"token each: {_new_tokens(split)}",
+        )
+
+    @cached_property
+    def _markers(self) -> list[str]:
+        """What looks like a token in a short conversation."""
+        try:
+            texts = [self.render(_TURN, (), generation_prompt=prompt) for prompt in (False, True)]
+        except SFTError:
+            return []
+        return list(dict.fromkeys(_MARKER.findall("".join(texts))))
+
     def _added_tokens(self, text: str) -> list[str]:
         """The added tokens in `text` from left to right; of those that begin at one place, the longest."""
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
         names = sorted((name for name in added if name.strip()), key=len, reverse=True)
         return re.findall("|".join(map(re.escape, names)), text) if names else []
+
+
+_TURN: list[ChatMessage] = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": _PROBE},
+]
+
+
+def _new_tokens(names: Sequence[str]) -> str:
+    return f"model.new_tokens: {json.dumps(list(names), ensure_ascii=False)}"
+
+
+def _check_syntax(text: str, name: str) -> None:
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        render_jinja_template(conversations=[], chat_template=text)
+    except TemplateSyntaxError as error:
+        raise SFTError(
+            f"the chat template is no Jinja: {error.message}",
+            where=f"model.chat_template: {name}, line {error.lineno}",
+            fix="correct it there",
+        ) from error
 
 
 def as_chat_message(message: Message) -> ChatMessage:

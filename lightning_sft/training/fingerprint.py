@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from lightning_sft.data.plan import BatchPlan
-    from lightning_sft.example import Example
     from lightning_sft.training.module import SFTModule
 
 Facts = dict[str, str | int | float | bool | None]
@@ -51,6 +50,7 @@ def done_so_far(module: SFTModule, trainer: Trainer) -> Facts:
         "processes": trainer.world_size,
         "frozen weights of the base": module.frozen,
         "chat template": _short(hashlib.sha256(module.renderer.chat_template.encode())),
+        **({"model.new_tokens": str(module.new_tokens)} if module.new_tokens else {}),
         **_options("model.adapter", module.adapter),
     }
 
@@ -99,16 +99,6 @@ def refuse(different: list[str], *, fix: str) -> None:
         )
 
 
-def examples_digest(examples: Iterable[Example]) -> str:
-    """Of the token ids and weights of the examples, in their order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(len(example).to_bytes(8, "little"))
-        digest.update(example.input_ids.tobytes())
-        digest.update(example.weights.tobytes())
-    return _short(digest)
-
-
 def plan_digest(plan: BatchPlan) -> str:
     """Of every micro-batch of every rank: whatever option of the plan changes one of them changes this."""
     digest = hashlib.sha256()
@@ -120,15 +110,23 @@ def plan_digest(plan: BatchPlan) -> str:
 
 def frozen_digest(module: nn.Module) -> str | None:
     """Of a sample of each parameter that isn't trained: those aren't in the checkpoint. None if all are trained."""
-    digest, any_frozen = hashlib.sha256(), False
-    for name, parameter in sorted(module.named_parameters()):
-        if not parameter.requires_grad:
-            any_frozen = True
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(1, len(flat) // _SAMPLE)].cpu().double().numpy()
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(sample.tobytes())
-    return _short(digest) if any_frozen else None
+    frozen = {name: each for name, each in module.named_parameters() if not each.requires_grad}
+    return _digest(frozen) if frozen else None
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Of a sample of each parameter."""
+    return _digest(dict(module.named_parameters()))
+
+
+def _digest(parameters: Mapping[str, nn.Parameter]) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in sorted(parameters.items()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, len(flat) // _SAMPLE)].cpu().double().numpy()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(sample.tobytes())
+    return _short(digest)
 
 
 def _options(key: str, plugin: object) -> Facts:

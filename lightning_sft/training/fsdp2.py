@@ -195,6 +195,21 @@ def as_forward(model: nn.Module, compute: Callable[[], T]) -> T:
     return result
 
 
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Within this context, which is for evaluation only, embeddings and head of a sharded model are whole."""
+    if not is_sharded(model):
+        yield
+        return
+    as_forward(model, lambda: None)  # the first to compute is taken for the root
+    inner = cast(Any, causal_lm(model))
+    inner.unshard()
+    try:
+        yield
+    finally:
+        inner.reshard()
+
+
 def reshard(model: nn.Module) -> None:
     """Let go of all weights that were gathered."""
     from torch.distributed.fsdp import FSDPModule

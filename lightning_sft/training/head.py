@@ -18,6 +18,7 @@ from lightning_sft import plugins
 from lightning_sft.bases import Loss, TokenBatch
 from lightning_sft.errors import SFTError
 from lightning_sft.training import linear_cross_entropy
+from lightning_sft.training.new_tokens import rows_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +43,11 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits `[n, V]`, in at least float32, of hidden states `[n, H]`."""
-        logits = self.linear(hidden)
+        linear, rows = rows_beside(self.linear)
+        logits = linear(hidden)
+        if rows is not None:
+            own = nn.functional.linear(hidden, rows.values.to(logits.dtype))
+            logits = logits.index_copy(-1, rows.ids, own)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:

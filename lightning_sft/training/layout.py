@@ -94,7 +94,7 @@ def find_layout(model: nn.Module, pad_id: int) -> Layout:
     with evaluating(model), torch.no_grad():
         rows = _trial_rows(inner, lengths)
         separate = [backbone(inner)(input_ids=row, use_cache=False)[0] for row in rows]
-        head, own_logits = _choose_head(inner, rows[0], separate[0])
+        head, own_logits = choose_head(inner, rows[0], separate[0])
         because = _flattened_fails(inner, rows, separate)
     collate: Collate = partial(pad, pad_id=pad_id) if because else flatten
     return Layout(collate=collate, head=head, own_logits=own_logits, padded_because=because)
@@ -118,11 +118,16 @@ def _stock(inner: PreTrainedModel) -> str:
     return "sdpa" if inner._supports_sdpa else "eager"
 
 
-def _choose_head(inner: PreTrainedModel, row: Tensor, hidden: Tensor) -> tuple[Head, bool]:
+def choose_head(inner: PreTrainedModel, row: Tensor, hidden: Tensor) -> tuple[Head, bool]:
+    """The model's head, if it makes the model's own logits of the row's hidden states `[1, T, H]`.
+
+    Returns:
+        The head, and False; or none and True, for a model whose own logits have to be taken.
+    """
     if isinstance(inner.get_output_embeddings(), nn.Module) and backbone(inner) is not inner:
         head = head_of(inner)
         ours, own = head(hidden[0]), inner(input_ids=row, use_cache=False).logits[0]
-        if ours.shape == own.shape and _apart(ours, own) <= _tolerance(own):
+        if ours.shape == own.shape and apart(ours, own) <= tolerance(own):
             return head, False
     return Head(linear=nn.Identity()), True
 
@@ -158,11 +163,11 @@ def _flattened_differs(inner: PreTrainedModel, rows: list[Tensor], separate: lis
     if window and (not kinds or "sliding_attention" in kinds) and window not in attention.CallCounter.windows:
         return f"{inner.config.model_type} models don't tell the attention function their sliding window"
     expected = torch.cat(separate, dim=1)
-    if not (apart := _apart(packed, expected)) <= _tolerance(expected):  # NaN is not equal either
-        return f"flattened and separate rows differ by {apart:.1e}, relative"
+    if not (by := apart(packed, expected)) <= tolerance(expected):  # NaN is not equal either
+        return f"flattened and separate rows differ by {by:.1e}, relative"
     first = rows[0].shape[1]
     other = _packed(inner, [_trial_rows(inner, [first], seed=1)[0], *rows[1:]])
-    if not (moved := _apart(other[:, first:], packed[:, first:])) <= _tolerance(expected) / 10:
+    if not (moved := apart(other[:, first:], packed[:, first:])) <= tolerance(expected) / 10:
         return f"a change in one segment moves another by {moved:.1e}, relative"
     return None
 
@@ -195,13 +200,13 @@ def _trial_rows(inner: PreTrainedModel, lengths: list[int], seed: int = 0) -> li
     return [torch.randint(vocabulary, (1, length), generator=generator).to(device) for length in lengths]
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
+def apart(a: Tensor, b: Tensor) -> float:
     """The largest difference, relative to the largest value."""
     a, b = a.double(), b.double()
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
 
 
-def _tolerance(like: Tensor) -> float:
+def tolerance(like: Tensor) -> float:
     """A few hundred roundings: 2e-5 in float32, 0.06 in bfloat16."""
     return min(0.06, 200 * torch.finfo(like.dtype).eps)
 

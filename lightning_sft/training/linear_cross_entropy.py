@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sft.training import kernels
+from lightning_sft.training.new_tokens import Rows, rows_beside
 
 if TYPE_CHECKING:
     from lightning_sft.bases import Loss
@@ -35,7 +36,8 @@ def gradients_for(head: Head, loss: Loss, parameters: Sequence[nn.Parameter | Te
         loss: The loss per token.
         parameters: Those of the head that are trained; their gradients come in this order.
     """
-    smoothing, linear = _smoothing(loss), head.linear
+    smoothing = _smoothing(loss)
+    linear, rows = rows_beside(head.linear)
     if (
         smoothing is None
         or type(linear) is not nn.Linear
@@ -47,6 +49,7 @@ def gradients_for(head: Head, loss: Loss, parameters: Sequence[nn.Parameter | Te
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else linear.weight.dtype
     weight = linear.weight.detach().to(dtype)
     bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+    beside = None if rows is None else Rows(rows.ids, rows.values.detach().to(linear.weight.dtype).to(dtype))
 
     def gradients(
         hidden: Tensor, targets: Tensor, weights: Tensor, with_hidden: bool
@@ -55,13 +58,25 @@ def gradients_for(head: Head, loss: Loss, parameters: Sequence[nn.Parameter | Te
         with torch.no_grad(), torch.autocast(kind, enabled=False):
             own, hidden = hidden.dtype, hidden.to(dtype)
             raw = nn.functional.linear(hidden, weight, bias)
+            if beside is not None:
+                raw.index_copy_(1, beside.ids, hidden @ beside.values.T)
             logits = raw.to(torch.promote_types(dtype, torch.float32))
             weights = weights.to(logits.dtype)
             value, grad = _of_linear_output(logits, targets, weights, smoothing, head)
             grad = raw.copy_(grad) if raw.dtype != grad.dtype else grad
-            found = [(grad @ weight).to(own)] if with_hidden else []
+            found, of_beside = [], None
+            if beside is not None:
+                of_beside = grad.index_select(1, beside.ids)
+                grad.index_fill_(1, beside.ids, 0)
+            if with_hidden:
+                found.append((grad @ weight).to(own))
+                if beside is not None and of_beside is not None:
+                    found[0] += (of_beside @ beside.values).to(own)
             for parameter in parameters:
-                found.append(grad.sum(0) if parameter is linear.bias else grad.T @ hidden)
+                if of_beside is not None and rows is not None and parameter is rows.values:
+                    found.append(of_beside.T @ hidden)
+                else:
+                    found.append(grad.sum(0) if parameter is linear.bias else grad.T @ hidden)
         return value, found
 
     return gradients

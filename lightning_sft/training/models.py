@@ -110,6 +110,8 @@ def load_trained(
         return load_model(str(folder), dtype=dtype, trust_remote_code=trust_remote_code, key="source").eval()
     from peft import PeftModel
 
+    from lightning_sft.training.new_tokens import grow_for_adapter
+
     if not any(folder.glob("adapter_model.*")):
         raise SFTError(
             "the adapter has no weights (no adapter_model.safetensors)",
@@ -121,6 +123,7 @@ def load_trained(
         base, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, key=f"the base of {folder}"
     )
     with _loading("adapter", str(folder), "source"):
+        grow_for_adapter(model, folder)
         return PeftModel.from_pretrained(model, str(folder)).eval()
 
 

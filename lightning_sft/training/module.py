@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from lightning_sft import assets, plugins
 from lightning_sft.bases import Adapter, Loss
 from lightning_sft.errors import SFTError
-from lightning_sft.rendering import Renderer, RenderPolicies
+from lightning_sft.rendering import RenderPolicies
 from lightning_sft.training import schedule as schedules
 from lightning_sft.training import strategies
 from lightning_sft.training.compiling import compile_blocks
@@ -25,15 +24,19 @@ from lightning_sft.training.head import NLL, weighted_loss
 from lightning_sft.training.layout import Layout, causal_lm, find_layout, hidden_states, stock_attention
 from lightning_sft.training.memory import checkpoint_layers, explained
 from lightning_sft.training.metrics import TokenLoss, TokenPerplexity
-from lightning_sft.training.models import absolute, context_length, load_config, load_model, load_tokenizer
+from lightning_sft.training.models import absolute, load_model
+from lightning_sft.training.new_tokens import check_trained, grow
 from lightning_sft.training.preflight import check_trainer, preflight
 from lightning_sft.training.resuming import Resumable
 from lightning_sft.training.router_loss import RouterLoss, router_loss
 from lightning_sft.training.throughput import Throughput, is_logged, log_step, peak_flops
+from lightning_sft.training.without_weights import WithoutWeights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from lightning_sft.data.batch import Batch
 
@@ -41,7 +44,7 @@ _EVERY_TURN = RenderPolicies()
 _PRECISION_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
-class SFTModule(GuardedModule, Resumable):
+class SFTModule(GuardedModule, Resumable, WithoutWeights):
     """Fine-tunes a causal language model on the trained tokens of its batches.
 
     The loss of an optimizer step is Σ weight · loss over all its tokens, on every rank and in every
@@ -53,8 +56,11 @@ class SFTModule(GuardedModule, Resumable):
         loss: The loss per token; `CrossEntropy` by default.
         revision: Branch, tag or commit of the base on the Hub.
         tokenizer: Folder or Hub id of another tokenizer than the base's own.
+        new_tokens: Special tokens that the base doesn't know: the tokenizer gets those that it lacks, the embeddings
+            grow where they have no row, and the rows are trained with any adapter.
         chat_template: A Jinja file, or one of the shipped templates (plain, alpaca, chatml); by default the
             tokenizer's own, or `plain` if it has none.
+        chat_template_kwargs: Options of the chat template, such as `enable_thinking: false`; exported as its defaults.
         render: Which parts of a conversation are trained.
         dtype: Type of the loaded weights; by default what `trainer.precision` implies: bfloat16 for
             `bf16-true`, float16 for `16-true`, else float32.
@@ -82,7 +88,9 @@ class SFTModule(GuardedModule, Resumable):
         loss: Loss | None = None,
         revision: str | None = None,
         tokenizer: str | None = None,
+        new_tokens: list[str] | None = None,
         chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         render: RenderPolicies = _EVERY_TURN,
         dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
         trust_remote_code: bool = False,
@@ -104,7 +112,9 @@ class SFTModule(GuardedModule, Resumable):
         self.loss: Loss = plugins.default("losses")() if loss is None else loss
         self.revision = revision
         self.tokenizer_name = tokenizer
+        self.new_tokens = new_tokens or []
         self.chat_template = chat_template
+        self.chat_template_kwargs = chat_template_kwargs
         self.render = render
         self.load_dtype = dtype
         self.trust_remote_code = trust_remote_code
@@ -132,37 +142,6 @@ class SFTModule(GuardedModule, Resumable):
         self.throughput = Throughput()
 
     # -------------------------------------------------------------------------------- the model's parts
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer: the override, or the base's own."""
-        if self.tokenizer_name is not None:
-            return load_tokenizer(
-                self.tokenizer_name, trust_remote_code=self.trust_remote_code, key="model.tokenizer"
-            )
-        return load_tokenizer(
-            self.base, revision=self.revision, trust_remote_code=self.trust_remote_code, key="model.base"
-        )
-
-    @cached_property
-    def base_config(self) -> PretrainedConfig:
-        """The base's configuration."""
-        return load_config(self.base, revision=self.revision, trust_remote_code=self.trust_remote_code)
-
-    @property
-    def vocabulary(self) -> int:
-        """How many token ids the base's embedding has."""
-        return int(self.base_config.get_text_config().vocab_size)
-
-    @property
-    def context_length(self) -> int | None:
-        """How many tokens the base can take at once."""
-        return context_length(self.base_config, self.tokenizer)
-
-    @cached_property
-    def renderer(self) -> Renderer:
-        """Renders conversations with this model's tokenizer and chat template."""
-        return Renderer(self.tokenizer, self.chat_template, **asdict(self.render))
 
     @cached_property
     def layout(self) -> Layout:
@@ -199,13 +178,16 @@ class SFTModule(GuardedModule, Resumable):
             strategies.check(self.trainer, self.adapter)
         model = load_model(
             self.base,
-            dtype=self._weights_dtype(),
+            dtype=self.weights_dtype(),
             revision=self.revision,
             quantization=self.adapter.quantization(),
             trust_remote_code=self.trust_remote_code,
         )
         model.name_or_path = absolute(self.base)
+        grow(model, self.rows)
+        self.adapter.new_token_ids = self.rows.trained
         self.model = self.adapter.prepare(model)
+        check_trained(causal_lm(self.model), self.rows, plugins.describe(self.adapter))
         for config in getattr(self.model, "peft_config", {}).values():
             config.revision = self.revision
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -228,7 +210,8 @@ class SFTModule(GuardedModule, Resumable):
         kwargs.pop("dtype", None)
         return super().to(*args, **kwargs)
 
-    def _weights_dtype(self) -> torch.dtype:
+    def weights_dtype(self) -> torch.dtype:
+        """The type of the loaded weights: `dtype`, or what the trainer's precision implies."""
         if self.load_dtype is not None:
             chosen: torch.dtype = getattr(torch, self.load_dtype)
             return chosen
@@ -332,6 +315,10 @@ class SFTModule(GuardedModule, Resumable):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to `test/loss` and `test/perplexity`."""
         self._evaluate("test", batch)
+
+    def predict_step(self, batch: Callable[[SFTModule], object], batch_idx: int) -> object:
+        """Evaluate: `lightning-sft evaluate` is a prediction whose only batch is what to do with the module."""
+        return batch(self)
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         total, weight = self.weighted_loss(batch, NLL), batch.weights.sum()

@@ -129,7 +129,7 @@ def _says_no(device: torch.device) -> bool:
 
 def _heaviest(module: SFTModule, data: SFTDataModule) -> MicroBatch:
     """The micro-batch of this rank with the most tokens, padding included; of equal ones that with the longest."""
-    lengths = [len(example) for example in data.prepared["train"].examples]
+    lengths = data.prepared["train"].lengths.tolist()
     padded = module.layout.padded_because is not None
 
     def weight(micro: MicroBatch) -> tuple[int, int]:

@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
+from lightning_sft.data.ledger_table import ledger_lines, ledger_table
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
@@ -103,27 +105,20 @@ def summary(trainer: Trainer, module: SFTModule) -> str:
         f"{type(module.adapter).__name__}",
     ]
     for part, prepared in data.prepared.items():
-        tokens = sum(prepared.lengths)
-        trained_tokens = sum(int((example.weights > 0).sum()) for example in prepared.examples)
+        tokens = int(prepared.lengths.sum())
         lines.append(
             f"{part:8} {len(prepared.examples):,} examples, {tokens:,} tokens, "
-            f"{trained_tokens:,} of them trained"
+            f"{prepared.trained_tokens:,} of them trained{', from the cache' if prepared.from_cache else ''}"
         )
-        for index, ledger in enumerate(prepared.ledgers):
-            lines.append(f"         {ledger.source}: {ledger.rows:,} rows as {ledger.format}")
-            if ledger.weight != 1:
+    accounts = {part: prepared.ledgers for part, prepared in data.prepared.items()}
+    lines.append(ledger_table(accounts, Console().width))
+    for part, ledgers in accounts.items():
+        for index, ledger in enumerate(ledgers):
+            lines.append(f"{part:8} {ledger.source}: {ledger.rows:,} rows as {ledger.format}")
+            if ledger.weight != 1 and part == "train":
                 seen = data.examples_per_epoch[index]
                 lines.append(f"         weight {ledger.weight:g}: {seen:,} of its examples in each epoch")
-            if ledger.rows_without_conversation:
-                lines.append(
-                    f"         left out {ledger.rows_without_conversation:,} rows: the format makes nothing of them"
-                )
-            lines += [f"         {number:,} examples: {note}" for note, number in ledger.notes.items()]
-            for verb, account in (("dropped", ledger.dropped), ("truncated", ledger.truncated)):
-                lines += [
-                    f"         {verb} {loss.examples:,} examples ({loss.tokens:,} tokens): {reason}"
-                    for reason, loss in account.items()
-                ]
+            lines += [f"         {line}" for line in ledger_lines(ledger)]
     lines.append(f"batches  {_batches(data, plan, trainer)}, {rows}; {_steps(data, plan)}")
     return "\n".join(lines)
 

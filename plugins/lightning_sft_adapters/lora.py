@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class LoRA(Adapter):
     """Trains low-rank updates of linear layers and leaves the base as it is (Hu et al., 2021), through peft.
 
+    The embeddings' rows of new tokens (`model.new_tokens`) are trained in full.
+
     Args:
         r: Rank of the updates.
         alpha: Scale of the updates: they are multiplied by alpha / r (alpha / √r with `rslora`).
@@ -65,16 +67,39 @@ class LoRA(Adapter):
                 modules_to_save=self.modules_to_save,
                 use_rslora=self.rslora,
                 use_dora=self.dora,
+                trainable_token_indices=self._new_rows(model),
             )
             return get_peft_model(model, config)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise SFTError(
                 str(error), where="model.adapter (LoRA)", fix="change the adapter's options"
             ) from error
 
+    def _new_rows(self, model: PreTrainedModel) -> dict[str, list[int]] | None:
+        """The rows of new tokens, by the name of each embedding that isn't trained in full; of tied ones the first.
+
+        Raises:
+            SFTError: The output embedding has a bias, which peft leaves out where it trains rows.
+        """
+        if not self.new_token_ids:
+            return None
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        parts = [embedding] if head.weight is embedding.weight else [embedding, head]
+        names = [name for name, part in model.named_modules() if part in parts]
+        in_full = tuple(self.modules_to_save or ())
+        rows = {name: list(self.new_token_ids) for name in names if not name.endswith(in_full)}
+        if rows and getattr(head, "bias", None) is not None:
+            raise SFTError(
+                "the rows of new tokens can't be trained beside an output embedding with a bias",
+                where="model.adapter (LoRA)",
+                fix=f"train the embeddings in full: modules_to_save: [{', '.join(names)}]",
+            )
+        return rows or None
+
     def export(self, model: PreTrainedModel, folder: Path) -> None:
-        """Write the adapter, as `PeftModel.from_pretrained` loads it."""
-        model.save_pretrained(folder)
+        """Write the adapter, as `PeftModel.from_pretrained` loads it (on a base with the rows of new tokens)."""
+        # peft would put the whole embeddings beside the rows that were trained.
+        model.save_pretrained(folder, save_embedding_layers=False if self.new_token_ids else "auto")
 
     @contextmanager
     def base_model(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:

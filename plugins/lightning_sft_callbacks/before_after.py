@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback
 
-from lightning_sft import Message, Row, Scorer, Segments, SFTError, Source, read_rows
+from lightning_sft import Generate, Generated, Message, Row, Scorer, Segments, SFTError, Source, read_rows
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -94,8 +94,8 @@ class BeforeAfter(Callback):
 
     def measure(self, trainer: Trainer, module: SFTModule) -> Measured:
         """Everything, of the model as it is now."""
-        scorer = Scorer(module)
-        answers = self._answers(module, scorer)
+        scorer = Scorer.of(module)
+        answers = self._answers(scorer)
         right: dict[str, list[bool]] = defaultdict(list)
         for row, answer in zip(self.instructions, answers, strict=True):
             right[str(row.get("task", ""))].append(answer.strip() == str(row["output"]).strip())
@@ -112,11 +112,12 @@ class BeforeAfter(Callback):
             answers=answers[:: max(1, len(answers) // self.samples)][: self.samples] if self.samples else [],
         )
 
-    def _answers(self, module: SFTModule, scorer: Scorer) -> list[str]:
-        prompts = [
-            module.renderer.generation_prompt([Message("user", _asked(row))]) for row in self.instructions
+    def _answers(self, scorer: Scorer) -> list[str]:
+        asked = [
+            Generate((Message("user", _asked(row)),), max_new_tokens=self.max_new_tokens)
+            for row in self.instructions
         ]
-        return scorer.generate(prompts, self.max_new_tokens)
+        return [each.text for each in scorer.run(asked) if isinstance(each, Generated)]
 
     def _accuracy(self, module: SFTModule, scorer: Scorer) -> float:
         """As MMLU is scored (Hendrycks et al., 2021): the choice with the highest log-likelihood is the answer."""

@@ -51,7 +51,7 @@ class Alpaca(DataFormat):
 
     def to_row(self, item: Conversation | Segments) -> dict[str, object]:
         """The last user turn as the instruction, without an input, and the turns before it as the history."""
-        messages = list(as_conversation(item, tools=False).messages)
+        messages = list(as_conversation(item, messages_only=True).messages)
         texts = [plain_text(message, f"message {n}") for n, message in enumerate(messages, 1)]
         row: dict[str, object] = {}
         if messages and messages[0].role == "system":

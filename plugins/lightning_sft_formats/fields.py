@@ -7,9 +7,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 
-from lightning_sft import Conversation, Message, Row, SFTError, ToolCall
+from lightning_sft import Conversation, Message, PartWeight, Row, SFTError, ToolCall
+
+TEMPLATE_OPTIONS = "chat_template_kwargs"
+"""The column with a row's options of the chat template."""
 
 _WEIGHT_KEYS = ("weight", "loss_weight", "train", "training")
+_CALL_TYPES = (None, "function", "function_call", "tool_call")
 _DETAIL_KEYS = ("train_detail", "training_detail")
 
 
@@ -124,7 +128,16 @@ def read_chat(
     values = read_list(read_column(row, key, option), where)
     messages = tuple(read_message(value, f"{where}, message {n}") for n, value in enumerate(values, 1))
     check_trained(messages, where)
-    return Conversation(messages, read_row_tools(row, tools))
+    return Conversation(messages, read_row_tools(row, tools), chat_template_kwargs=read_template_options(row))
+
+
+def read_template_options(row: Row) -> Mapping[str, object]:
+    """The row's options of the chat template: an object, or the JSON text of one, in `chat_template_kwargs`."""
+    where, value = f"key {TEMPLATE_OPTIONS!r}", row.get(TEMPLATE_OPTIONS)
+    if is_blank(value):
+        return {}
+    options = read_object(read_json(value, where) if isinstance(value, str) else value, where)
+    return {name: option for name, option in options.items() if option is not None}
 
 
 def read_row_tools(row: Row, key: str) -> tuple[Mapping[str, object], ...]:
@@ -162,6 +175,10 @@ def read_calls(value: object, where: str) -> tuple[ToolCall, ...]:
 
 def _read_call(value: object, where: str) -> ToolCall:
     call = read_object(value, where)
+    if (what := call.get("type")) not in _CALL_TYPES:
+        raise SFTError(
+            f"the tool call is of type {what!r}", where=where, fix='write it as {"name": …, "arguments": {…}}'
+        )
     function = call if call.get("function") is None else read_object(call["function"], where)
     name, call_id = function.get("name"), call.get("id")
     if not isinstance(name, str) or not name:
@@ -255,16 +272,8 @@ def read_weight(
         keys: The keys that may hold the weight.
 
     Raises:
-        SFTError: It isn't a number of 0 or more, two keys contradict each other, or the message has weights for
-            ranges of its characters.
+        SFTError: It isn't a number of 0 or more, or two keys contradict each other.
     """
-    for key in _DETAIL_KEYS:
-        if message.get(key) not in (None, []):
-            raise SFTError(
-                "a message has one loss weight, not one for each range of its characters",
-                where=f"{where}, key {key!r}",
-                fix="give the message a `weight`; or write the rows as text with the format Segments",
-            )
     given = {key: message[key] for key in keys if message.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
@@ -280,6 +289,46 @@ def read_weight(
     return weights.pop() if weights else None
 
 
+def read_details(message: Mapping[str, object], content: str, where: str) -> tuple[PartWeight, ...]:
+    """The weights of ranges of the content's characters, from `train_detail` or `training_detail`.
+
+    Each range is an object with `begin_offset`, `end_offset` (its last character, counted from 0) and `train`.
+    Characters outside of all ranges aren't trained, as in Axolotl.
+
+    Raises:
+        SFTError: A range is malformed, outside of the content, or overlaps the one before.
+    """
+    key = next((key for key in _DETAIL_KEYS if message.get(key) not in (None, [])), None)
+    if key is None:
+        return ()
+    parts: list[PartWeight] = []
+    done = 0
+    for number, value in enumerate(read_list(message[key], f"{where}, key {key!r}"), 1):
+        place = f"{where}, key {key!r}, range {number}"
+        fields = read_object(value, place)
+        start, last = fields.get("begin_offset"), fields.get("end_offset")
+        weight = read_weight(fields, place)
+        if (
+            not isinstance(start, int)
+            or not isinstance(last, int)
+            or not done <= start <= last < len(content)
+        ):
+            raise SFTError(
+                f"characters {start!r} to {last!r} are no range of the content's {len(content)} after {done}",
+                where=place,
+                fix="order the ranges, without overlap; end_offset is the last character, counted from 0",
+            )
+        if weight is None:
+            raise SFTError("the range doesn't say whether it is trained", where=place, fix='give it "train"')
+        if done < start:
+            parts.append(PartWeight("content", done, start, 0.0))
+        parts.append(PartWeight("content", start, last + 1, weight))
+        done = last + 1
+    if done < len(content):
+        parts.append(PartWeight("content", done, len(content), 0.0))
+    return tuple(parts)
+
+
 def check_trained(messages: Sequence[Message], where: str) -> None:
     """Return if the conversation has something to train on and no assistant turn is empty.
 
@@ -289,7 +338,11 @@ def check_trained(messages: Sequence[Message], where: str) -> None:
     for number, message in enumerate(messages, 1):
         if message.role == "assistant" and not message.tool_calls:
             read_filled(message.content, f"{where}, message {number}")
-    if not any(m.role == "assistant" if m.weight is None else m.weight > 0 for m in messages):
+    if not any(
+        (m.role == "assistant" if m.weight is None else m.weight > 0)
+        or any(p.weight > 0 for p in m.part_weights)
+        for m in messages
+    ):
         raise SFTError(
             "there is nothing to train on: no assistant message with a loss weight above 0",
             where=where,
@@ -301,5 +354,7 @@ def kind(value: object) -> str:
     """How an error calls a JSON value of this kind."""
     if value is None:
         return "null"
-    names = {bool: "true or false", dict: "a JSON object", list: "a list", str: "text"}
+    if isinstance(value, Mapping):
+        return "a JSON object"
+    names = {bool: "true or false", list: "a list", str: "text"}
     return names.get(type(value), f"a value of type {type(value).__name__}")

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
+from typing import Literal
 
-from lightning_sft import Conversation, DataFormat, Message, Row, Segments, SFTError, ToolCall
+from lightning_sft import Conversation, DataFormat, Message, PartWeight, Row, Segments, SFTError, ToolCall
 from lightning_sft_formats.fields import (
     is_blank,
     kind,
     read_calls,
     read_chat,
+    read_details,
     read_list,
     read_object,
     read_role,
     read_text,
     read_weight,
 )
-from lightning_sft_formats.writing import as_conversation, write_arguments, write_weight
+from lightning_sft_formats.writing import (
+    as_conversation,
+    write_arguments,
+    write_template_options,
+    write_weight,
+)
 
 ROLES = {
     "system": "system",
@@ -42,12 +50,20 @@ PARTS = {
 
 ORDER = ("reasoning", "text", "tool_call")
 
+FIELDS: Mapping[str, Literal["reasoning", "content", "tool_calls"]] = {
+    "reasoning": "reasoning",
+    "text": "content",
+    "tool_call": "tool_calls",
+}
+"""The field of a message that parts of each type go to."""
+
 
 class Messages(DataFormat):
     """Rows with a list of messages `{"role": "user", "content": "…"}`, as OpenAI's fine-tuning files have it.
 
     The content is text or a list of parts (text, reasoning, tool calls). A message may have a loss weight
-    (`weight`, `loss_weight`, `train` or `training`), `tool_calls`, and `reasoning_content`.
+    (`weight`, `loss_weight`, `train` or `training`), and so may each part, or ranges of characters (`train_detail`);
+    also `tool_calls` and `reasoning_content`.
 
     Args:
         messages: The column that holds the list of messages.
@@ -72,7 +88,7 @@ class Messages(DataFormat):
         row: dict[str, object] = {self.messages: write_messages(conversation.messages)}
         if conversation.tools:
             row[self.tools] = list(conversation.tools)
-        return row
+        return row | write_template_options(conversation)
 
 
 def read_messages(value: object, where: str) -> tuple[Message, ...]:
@@ -97,7 +113,7 @@ def read_message(value: object, where: str) -> Message:
     """
     fields = read_object(value, where)
     role = read_role(fields.get("role"), ROLES, f"{where}, key 'role'")
-    content, reasoning, calls = _read_content(fields.get("content"), f"{where}, key 'content'")
+    content, reasoning, calls, parts = _read_content(fields.get("content"), f"{where}, key 'content'")
     reasoning_field = _optional_text(fields, REASONING_KEYS, where)
     if reasoning and reasoning_field:
         raise SFTError("the reasoning is given as a part and as a key", where=where, fix="keep one of them")
@@ -113,6 +129,15 @@ def read_message(value: object, where: str) -> Message:
         raise SFTError(
             "the message has no content", where=where, fix='give it a "content", "" if it is empty'
         )
+    weight = read_weight(fields, where)
+    if details := read_details(fields, content, where):
+        if parts:
+            raise SFTError(
+                "parts and ranges of characters have loss weights", where=where, fix="keep one of them"
+            )
+        parts = details
+    elif isinstance(fields.get("content"), list):
+        weight, parts = _one_weight(fields["content"], weight, parts, where)
     return Message(
         role=role,
         content=content,
@@ -120,17 +145,20 @@ def read_message(value: object, where: str) -> Message:
         tool_calls=calls,
         tool_call_id=_optional_text(fields, ("tool_call_id",), where),
         name=_optional_text(fields, ("name",), where),
-        weight=_read_weight(fields, where),
+        weight=weight,
+        part_weights=parts,
     )
 
 
 def _write_message(message: Message) -> dict[str, object]:
     fields: dict[str, object] = {"role": message.role, "content": message.content}
-    if message.tool_calls and not message.content:
+    if message.part_weights:
+        fields["content"] = list(_write_parts(message))
+    elif message.tool_calls and not message.content:
         fields["content"] = None
-    if message.reasoning is not None:
+    if message.reasoning is not None and not message.part_weights:
         fields["reasoning_content"] = message.reasoning
-    if message.tool_calls:
+    if message.tool_calls and not message.part_weights:
         fields["tool_calls"] = [_write_call(call) for call in message.tool_calls]
     for key, value in (("tool_call_id", message.tool_call_id), ("name", message.name)):
         if value is not None:
@@ -140,39 +168,50 @@ def _write_message(message: Message) -> dict[str, object]:
     return fields
 
 
+def _write_parts(message: Message) -> Iterator[dict[str, object]]:
+    """The message as parts, cut where a weight begins or ends."""
+    for what, field in FIELDS.items():
+        whole: str | tuple[ToolCall, ...] = getattr(message, field) or ""
+        weights = {
+            (part.start, part.end): part.weight for part in message.part_weights if part.field == field
+        }
+        edges = sorted({0, len(whole), *(edge for place in weights for edge in place)})
+        for start, end in pairwise(edges):
+            piece = whole[start:end]
+            value = piece if isinstance(piece, str) else [_write_call(call) for call in piece]
+            part: dict[str, object] = {"type": what, "value": value}
+            if (start, end) in weights:
+                part["weight"] = write_weight(weights[start, end])
+            yield part
+
+
 def _write_call(call: ToolCall) -> dict[str, object]:
     function = {"name": call.name, "arguments": write_arguments(call.arguments)}
     identity = {} if call.id is None else {"id": call.id}
     return {**identity, "type": "function", "function": function}
 
 
-def _read_weight(fields: Mapping[str, object], where: str) -> float | None:
-    """The weight of a message, or the one that all its parts have."""
-    weight = read_weight(fields, where)
-    parts = fields.get("content")
-    if not isinstance(parts, list) or not parts:
-        return weight
-    given = [read_weight(read_object(p, where), f"{where}, part {n}") for n, p in enumerate(parts, 1)]
+def _one_weight(
+    content: object, weight: float | None, parts: tuple[PartWeight, ...], where: str
+) -> tuple[float | None, tuple[PartWeight, ...]]:
+    """The message's weight and those of its parts; a weight that all parts have is the message's."""
+    listed = read_list(content, where)
+    given = [read_weight(read_object(part, where), f"{where}, part {n}") for n, part in enumerate(listed, 1)]
     weights = {weight if each is None else each for each in given}
-    if len(weights) > 1 or (weight is not None and weights != {weight}):
-        raise SFTError(
-            f"the parts of one message have different loss weights: {given}",
-            where=f"{where}, key 'content'",
-            fix="give the message one weight; or write the rows as text with the format Segments",
-        )
-    return weights.pop()
+    return (weights.pop(), ()) if len(weights) == 1 else (weight, parts)
 
 
-def _read_content(value: object, where: str) -> tuple[str | None, str | None, tuple[ToolCall, ...]]:
-    """Text (None if there is no content at all), reasoning and tool calls."""
-    if value is None:
-        return None, None, ()
-    if isinstance(value, str):
-        return value, None, ()
+def _read_content(
+    value: object, where: str
+) -> tuple[str | None, str | None, tuple[ToolCall, ...], tuple[PartWeight, ...]]:
+    """Text (None if there is no content at all), reasoning and tool calls, and the weights of parts that have one."""
+    if value is None or isinstance(value, str):
+        return value, None, (), ()
     if not isinstance(value, list):
         raise SFTError(f"expected text or a list of parts, got {kind(value)}", where=where)
     texts = {"reasoning": "", "text": ""}
     calls: tuple[ToolCall, ...] = ()
+    weights: list[PartWeight] = []
     reached = 0
     for number, part in enumerate(value, 1):
         place = f"{where}, part {number}"
@@ -185,11 +224,16 @@ def _read_content(value: object, where: str) -> tuple[str | None, str | None, tu
                 fix=f"order the parts as {', '.join(ORDER)}, or split the message",
             )
         reached = ORDER.index(what)
+        start = len(calls) if what == "tool_call" else len(texts[what])
         if what == "tool_call":
             calls += read_calls(fields.get("value", fields.get("tool_call")), place)
         else:
             texts[what] += _part_text(fields, place)
-    return texts["text"], texts["reasoning"] or None, calls
+        end = len(calls) if what == "tool_call" else len(texts[what])
+        weight = read_weight(fields, place)
+        if weight is not None and start < end:
+            weights.append(PartWeight(FIELDS[what], start, end, weight))
+    return texts["text"], texts["reasoning"] or None, calls, tuple(weights)
 
 
 def _part_type(part: Mapping[str, object], where: str) -> str:

@@ -12,10 +12,11 @@ from lightning_sft_formats.fields import (
     read_column,
     read_filled,
     read_row_tools,
+    read_template_options,
     read_text,
 )
 from lightning_sft_formats.messages import read_messages, write_messages
-from lightning_sft_formats.writing import as_conversation, as_segments, plain_text
+from lightning_sft_formats.writing import as_conversation, as_segments, plain_text, write_template_options
 
 
 class PromptCompletion(DataFormat):
@@ -67,7 +68,7 @@ class PromptCompletion(DataFormat):
         if isinstance(item, Conversation) and not self.chat:
             return self._messages_row(item)
         if self.chat:
-            messages = as_conversation(item, tools=False).messages
+            messages = as_conversation(item, messages_only=True).messages
             kinds = [message.role for message in messages]
             texts = [plain_text(message, f"message {n}") for n, message in enumerate(messages, 1)]
             expected = ["user", "assistant"]
@@ -94,7 +95,7 @@ class PromptCompletion(DataFormat):
         row[self.completion] = write_messages(completion)
         if item.tools:
             row[self.tools] = list(item.tools)
-        return row
+        return row | write_template_options(item)
 
     def _conversation(self, row: Row, prompt: list[object], completion: list[object]) -> Conversation:
         where = f"key {self.completion!r}"
@@ -104,4 +105,8 @@ class PromptCompletion(DataFormat):
         untrained = (
             replace(m, weight=0.0) if m.role == "assistant" and m.weight is None else m for m in context
         )
-        return Conversation((*untrained, *trained), read_row_tools(row, self.tools))
+        return Conversation(
+            (*untrained, *trained),
+            read_row_tools(row, self.tools),
+            chat_template_kwargs=read_template_options(row),
+        )

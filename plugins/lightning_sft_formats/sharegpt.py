@@ -12,12 +12,13 @@ from lightning_sft_formats.fields import (
     read_calls,
     read_chat,
     read_column,
+    read_details,
     read_object,
     read_role,
     read_text,
     read_weight,
 )
-from lightning_sft_formats.writing import as_conversation, refuse, write_weight
+from lightning_sft_formats.writing import as_conversation, refuse, write_template_options, write_weight
 
 CALL = "function_call"
 
@@ -46,7 +47,8 @@ class ShareGPT(DataFormat):
     """Rows with a list of turns `{"from": "human", "value": "…"}`.
 
     The speakers are human, gpt, system, function_call and observation, and a few other usual names. A turn may
-    have a loss weight (`weight`, `loss_weight`, `train` or `training`).
+    have a loss weight (`weight`, `loss_weight`, `train` or `training`), or some for ranges of its characters
+    (`train_detail` or `training_detail`).
 
     Args:
         conversations: The column that holds the list of turns.
@@ -102,7 +104,7 @@ class ShareGPT(DataFormat):
         row: dict[str, object] = {self.conversations: turns}
         if conversation.tools:
             row[self.tools] = json.dumps(conversation.tools, ensure_ascii=False)
-        return row
+        return row | write_template_options(conversation)
 
     def _message(self, turn: object, where: str) -> Message:
         fields = read_object(turn, where)
@@ -113,10 +115,11 @@ class ShareGPT(DataFormat):
         where = f"{where}, key {self.content_key!r}"
         if role == CALL:
             return Message("assistant", tool_calls=read_calls(value, where), weight=weight)
-        return Message(role, "" if value is None else read_text(value, where), weight=weight)
+        text = "" if value is None else read_text(value, where)
+        return Message(role, text, weight=weight, part_weights=read_details(fields, text, where))
 
     def _turn(self, message: Message, where: str) -> dict[str, object]:
-        refuse(message, where, "reasoning", "tool_call_id", "name")
+        refuse(message, where, "reasoning", "tool_call_id", "name", "part_weights")
         speaker, value = SPEAKERS.get(message.role), message.content
         if speaker is None:
             raise SFTError(f"there is no speaker for the role {message.role}", where=where)

@@ -6,23 +6,32 @@ import json
 from collections.abc import Mapping
 
 from lightning_sft import Conversation, Message, Segments, SFTError
+from lightning_sft_formats.fields import TEMPLATE_OPTIONS
 
 
-def as_conversation(item: Conversation | Segments, *, tools: bool = True) -> Conversation:
+def as_conversation(item: Conversation | Segments, *, messages_only: bool = False) -> Conversation:
     """The item, which has to be a conversation.
 
     Args:
         item: What is to be written.
-        tools: Whether the format has a place for tools.
+        messages_only: The format has no place for tools and options of the chat template.
 
     Raises:
-        SFTError: It is text without roles, or has tools.
+        SFTError: It is text without roles, or has what there is no place for.
     """
     if not isinstance(item, Conversation):
         raise SFTError("text segments have no roles, so no messages can be made of them")
-    if item.tools and not tools:
+    if item.tools and messages_only:
         raise SFTError("there is no place for the conversation's tools")
+    if item.chat_template_kwargs and messages_only:
+        raise SFTError(f"there is no place for the conversation's {TEMPLATE_OPTIONS}")
     return item
+
+
+def write_template_options(conversation: Conversation) -> dict[str, object]:
+    """The column with the conversation's options of the chat template, if it has any."""
+    options = conversation.chat_template_kwargs
+    return {TEMPLATE_OPTIONS: dict(options)} if options else {}
 
 
 def as_segments(item: Conversation | Segments) -> Segments:
@@ -42,7 +51,7 @@ def plain_text(message: Message, where: str) -> str:
     Raises:
         SFTError: The message has more than that; says what.
     """
-    refuse(message, where, "reasoning", "tool_calls", "tool_call_id", "name", "weight")
+    refuse(message, where, "reasoning", "tool_calls", "tool_call_id", "name", "weight", "part_weights")
     return message.content
 
 

@@ -473,3 +473,23 @@ def test_a_token_budget_counts_the_padding_of_a_model_that_takes_padded_rows(une
     )
     assert max(sizes) <= 200
     assert len(sizes) == data.plan(0).micro_batches
+
+
+def test_a_second_run_finds_its_data_prepared_and_says_so(ten_rows, attached, tmp_path):
+    runs = [
+        attached(train=ten_rows, val_split=2, cache=cache)
+        for cache in (str(tmp_path / "kept"),) * 2 + (False,)
+    ]
+    for run in runs:
+        run.trainer.datamodule = run
+        run.setup("fit")
+    ledgers = [run.ledger for run in runs]
+    assert [[part.pop("from_cache") for part in ledger.values()] for ledger in ledgers] == [
+        [False, False], [True, True], [False, False],
+    ]  # fmt: skip
+    assert ledgers[0] == ledgers[1] == ledgers[2]
+    module = runs[1].trainer.lightning_module
+    module.configure_model()
+    assert summary(runs[1].trainer, module).count("from the cache") == 2
+    assert len({run.prepared["train"].digest for run in runs}) == 1
+    assert rows(runs[1], "val") == rows(runs[2], "val")

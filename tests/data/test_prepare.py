@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from stranger import install
 
 from lightning_sft import Conversation, DataFormat, Message, Renderer, Segments, SFTError
-from lightning_sft.data.prepare import Prepared, check_losses, prepare
+from lightning_sft.data.ledger import check_losses
+from lightning_sft.data.prepare import Prepared, prepare
 from lightning_sft.data.sources import Source
+from lightning_sft.data.truncation import Overlong
 from lightning_sft.example import Example
 from lightning_sft_formats.messages import Messages
 
@@ -71,7 +74,7 @@ counts = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12)), min_size=1, 
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(counts=counts, max_length=st.integers(2, 80), overlong=st.sampled_from(["drop", "truncate_right"]))
+@given(counts=counts, max_length=st.integers(2, 80), overlong=st.sampled_from(get_args(Overlong)))
 def test_every_row_and_token_is_accounted_for(counts, max_length, overlong, rows_file, renderer):
     rows = [{"times": times, "long": long} for times, long in counts]
     rendered = [renderer.render(item) for row in rows for item in Repeated().convert(row)]
@@ -84,7 +87,7 @@ def test_every_row_and_token_is_accounted_for(counts, max_length, overlong, rows
     kept_tokens = ledger.trained_tokens + ledger.context_tokens
     truncated = sum(loss.tokens for loss in ledger.truncated.values())
     dropped = sum(loss.tokens for loss in ledger.dropped.values())
-    assert ledger.tokens == kept_tokens + truncated + dropped
+    assert ledger.tokens == kept_tokens + truncated + dropped  # one exchange each, so nothing is repeated
     assert kept_tokens == sum(map(len, prepared.examples))
     assert ledger.trained_tokens == sum(map(trained, prepared.examples))
     assert ledger.trained_tokens + sum(loss.trained_tokens for loss in ledger.lost) == sum(
@@ -107,7 +110,7 @@ def test_every_source_has_an_account_of_its_own(rows_file, renderer):
         *((first, row) for row in (1, 2, 3)),
         *((second, row) for row in (1, 2)),
     ]
-    assert prepared.weight_sums == [float(e.weights.sum()) for e in prepared.examples]
+    assert prepared.weight_sums.tolist() == [float(e.weights.sum()) for e in prepared.examples]
 
 
 def test_blank_lines_are_no_rows(tmp_path, renderer):
@@ -166,15 +169,15 @@ def test_losing_too_much_is_refused_and_the_message_names_the_options(overlong, 
     lost = sum(loss.trained_tokens for loss in prepared.ledgers[0].lost)
     fraction = lost / (lost + prepared.ledgers[0].trained_tokens)
     with pytest.raises(SFTError, match=f"{fraction:.1%}") as caught:
-        check_losses(prepared, fraction - 1e-6)
+        check_losses(prepared.ledgers, fraction - 1e-6)
     assert "data.max_lost_fraction" in caught.value.what
     assert all(option in caught.value.fix for option in ("max_length", "overlong", "max_lost_fraction"))
     assert short_and_long in str(caught.value)
-    check_losses(prepared, fraction)
+    check_losses(prepared.ledgers, fraction)
 
 
 def test_losing_nothing_passes_even_where_nothing_may_be_lost(short_and_long, renderer):
-    check_losses(prepare([Source(short_and_long)], renderer, max_length=None, overlong="drop"), 0.0)
+    check_losses(prepare([Source(short_and_long)], renderer, max_length=None, overlong="drop").ledgers, 0.0)
 
 
 def test_what_is_lost_counts_in_tokens_to_train_over_all_sources(rows_file, renderer):
@@ -182,22 +185,24 @@ def test_what_is_lost_counts_in_tokens_to_train_over_all_sources(rows_file, rend
     long_answer = rows_file([chat("ok", "hello there " * 10)])
     prepared = prepare([Source(long_prompt), Source(long_answer)], renderer, max_length=60, overlong="drop")
     assert len(prepared.examples) == 1
-    check_losses(prepared, 0.2)  # one example of two is lost, but hardly any token that would be trained
+    check_losses(
+        prepared.ledgers, 0.2
+    )  # one example of two is lost, but hardly any token that would be trained
 
 
 def test_nothing_left_is_refused_with_the_reason(short_and_long, renderer):
     prepared = prepare([Source(short_and_long)], renderer, max_length=5, overlong="drop")
     with pytest.raises(SFTError, match=r"nothing is left to train on.*longer than max_length 5") as caught:
-        check_losses(prepared, 1.0)
+        check_losses(prepared.ledgers, 1.0)
     assert "data.max_length" in caught.value.fix
 
 
 def test_rows_that_make_no_conversation_leave_nothing_and_that_is_refused(rows_file, renderer):
     path = rows_file([{"times": 0, "long": 1}] * 3)
     prepared = prepare([Source(path, Repeated())], renderer, max_length=None, overlong="drop")
-    assert (prepared.ledgers[0].rows, prepared.examples) == (3, [])
+    assert (prepared.ledgers[0].rows, list(prepared.examples)) == (3, [])
     with pytest.raises(SFTError, match="nothing is left to train on"):
-        check_losses(prepared, 1.0)
+        check_losses(prepared.ledgers, 1.0)
 
 
 def test_a_plugin_that_fails_is_named_with_its_distribution_and_the_row(
@@ -333,7 +338,7 @@ def test_rows_that_a_format_puts_together_are_counted_before_and_after(rows_file
 @given(
     talks=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=5),
     max_length=st.integers(2, 120),
-    overlong=st.sampled_from(["drop", "truncate_right"]),
+    overlong=st.sampled_from(get_args(Overlong)),
 )
 def test_every_turn_and_token_is_accounted_for_when_turns_are_split(
     talks, max_length, overlong, rows_file, tokenizer

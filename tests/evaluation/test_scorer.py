@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_sft import Message, Scorer, Segments, SFTModule
+from lightning_sft import Generate, Message, Scorer, Segments, SFTModule
 from lightning_sft.assets import HERE, MODEL
 
 TEXTS = [
@@ -36,10 +36,10 @@ def plain():
     return AutoModelForCausalLM.from_pretrained(HERE / MODEL).eval()
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 32])
-def test_log_likelihoods_are_those_of_each_text_alone(module, plain, batch_size):
+@pytest.mark.parametrize("batch_tokens", [1, 60, 4096])
+def test_log_likelihoods_are_those_of_each_text_alone(module, plain, batch_tokens):
     examples = module.renderer.render_all([Segments(segments) for segments in TEXTS])
-    found = Scorer(module, batch_size).negative_log_likelihoods(examples)
+    found = Scorer.of(module, batch_tokens=batch_tokens).negative_log_likelihoods(examples)
     for example, nll in zip(examples, found, strict=True):
         ids = torch.from_numpy(example.input_ids).long()[None]
         with torch.no_grad():
@@ -48,10 +48,11 @@ def test_log_likelihoods_are_those_of_each_text_alone(module, plain, batch_size)
         assert nll == pytest.approx(-float((token * torch.from_numpy(example.weights[1:])).sum()), rel=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 32])
-def test_answers_are_those_of_each_prompt_alone(module, plain, batch_size):
+@pytest.mark.parametrize("batch_tokens", [1, 60, 4096])
+def test_answers_are_those_of_each_prompt_alone(module, plain, batch_tokens):
     prompts = [module.renderer.generation_prompt([Message("user", text)]) for text in ASKED]
-    found = Scorer(module, batch_size).generate(prompts, 20)
+    requests = [Generate((Message("user", text),), max_new_tokens=20) for text in ASKED]
+    found = [answer.text for answer in Scorer.of(module, batch_tokens=batch_tokens).run(requests)]
     for prompt, answer in zip(prompts, found, strict=True):
         ids = module.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
         length = ids.shape[1]
@@ -66,8 +67,8 @@ def test_answers_are_those_of_each_prompt_alone(module, plain, batch_size):
 
 def test_it_leaves_mode_and_random_numbers_as_they_were(module):
     state = torch.random.get_rng_state()
-    scorer = Scorer(module)
+    scorer = Scorer.of(module)
     scorer.negative_log_likelihoods(module.renderer.render_all([Segments(TEXTS[0])]))
-    scorer.generate([module.renderer.generation_prompt([Message("user", "Hello")])], 2)
+    scorer.run([Generate("Hello", max_new_tokens=2), Generate("Hello", max_new_tokens=2, temperature=1.0)])
     assert module.loaded.training
     assert torch.equal(state, torch.random.get_rng_state())

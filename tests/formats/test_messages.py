@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lightning_sft import Message, SFTError, ToolCall
+from lightning_sft import Conversation, Message, PartWeight, SFTError, ToolCall
 from lightning_sft_formats.messages import Messages
 
 ASK = {"role": "user", "content": "a"}
@@ -205,14 +205,84 @@ def test_parts_without_a_weight_have_that_of_the_message():
     assert assistant(content=parts(None, None), weight=0.5).weight == 0.5
 
 
-@pytest.mark.parametrize(("weights", "fields"), [((0, 1), {}), ((None, 1), {}), ((1,), {"weight": 0.5})])
-def test_parts_of_different_weights_are_refused_rather_than_ignored(weights, fields):
-    with pytest.raises(SFTError, match="different loss weights") as error:
-        assistant(content=parts(*weights), **fields)
-    assert error.value.where == "key 'messages', message 2, key 'content'"
+def test_parts_of_different_weights_keep_them():
+    assert assistant(content=parts(0, 1)).part_weights == (
+        PartWeight("content", 0, 1, 0.0),
+        PartWeight("content", 1, 2, 1.0),
+    )
+    some = assistant(content=parts(None, 1, None), weight=0.5)
+    assert (some.weight, some.part_weights) == (0.5, (PartWeight("content", 1, 2, 1.0),))
+    assert assistant(content=parts(1), weight=0.5) == Message("assistant", "b", weight=1.0)
+
+
+def test_parts_of_all_types_keep_their_weights():
+    call = {"name": "f", "arguments": {"x": 1}}
+    content = [
+        {"type": "reasoning", "value": "Hm.", "weight": 0.0},
+        {"type": "text", "value": "I look.", "weight": 0.5},
+        {"type": "tool_call", "value": call, "weight": 0.0},
+        {"type": "tool_call", "value": [call, call], "weight": 2},
+        {"type": "tool_call", "value": call},
+    ]
+    message = assistant(content=content)
+    assert message.part_weights == (
+        PartWeight("reasoning", 0, 3, 0.0),
+        PartWeight("content", 0, 7, 0.5),
+        PartWeight("tool_calls", 0, 1, 0.0),
+        PartWeight("tool_calls", 1, 3, 2.0),
+    )
+    row = Messages().to_row(Conversation((Message("user", "a"), message)))
+    (back,) = Messages().convert(json.loads(json.dumps(row)))
+    assert back.messages[1] == message
+
+
+def test_ranges_of_characters():
+    details = [
+        {"begin_offset": 0, "end_offset": 4, "train": False},
+        {"begin_offset": 6, "end_offset": 10, "train": True},
+    ]
+    message = assistant(content="Hello there you", train_detail=details)
+    assert message.weight is None
+    assert [(message.content[p.start : p.end], p.weight) for p in message.part_weights] == [
+        ("Hello", 0.0),
+        (" ", 0.0),
+        ("there", 1.0),
+        (" you", 0.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        [{"begin_offset": 2, "end_offset": 1, "train": True}],
+        [{"begin_offset": 0, "end_offset": 5, "train": True}],
+        [{"begin_offset": 0, "end_offset": 2, "train": True}, {"begin_offset": 2, "end_offset": 3, "train": True}],
+        [{"begin_offset": 0, "end_offset": "2", "train": True}],
+        [{"begin_offset": 0, "end_offset": 2}],
+        ["all"],
+        {"begin_offset": 0},
+    ],
+)  # fmt: skip
+def test_malformed_ranges_are_refused(details):
+    with pytest.raises(SFTError) as error:
+        assistant(content="Hello", training_detail=details)
+    assert error.value.where.startswith("key 'messages', message 2, key 'training_detail'")
+
+
+def test_weights_of_parts_and_of_ranges_exclude_each_other():
+    details = [{"begin_offset": 0, "end_offset": 0, "train": True}]
+    with pytest.raises(SFTError, match="parts and ranges"):
+        assistant(content=parts(0, 1), train_detail=details)
+
+
+def test_nothing_to_train_in_any_part_is_refused():
+    with pytest.raises(SFTError, match="nothing to train on"):
+        convert({"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0})
+    trained = {"role": "assistant", "content": parts(None, 1), "weight": 0}
+    assert convert({"role": "user", "content": "a"}, trained).messages[1].weight == 0.0
 
 
 def test_a_part_with_a_weight_that_is_none_is_placed():
     with pytest.raises(SFTError, match="number of 0 or more") as error:
         assistant(content=parts(1, "no"))
-    assert error.value.where == "key 'messages', message 2, part 2, key 'weight'"
+    assert error.value.where == "key 'messages', message 2, key 'content', part 2, key 'weight'"

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lightning_sft import Message, SFTError, ToolCall
+from lightning_sft import Message, PartWeight, SFTError, ToolCall
 from lightning_sft_formats.sharegpt import ShareGPT
 
 
@@ -191,9 +191,16 @@ def test_the_names_of_loss_weights(fields, weight):
 
 
 @pytest.mark.parametrize("key", ["train_detail", "training_detail"])
-def test_weights_of_ranges_of_characters_are_refused_rather_than_ignored(key):
-    detail = [{"begin_offset": 0, "end_offset": 3, "train": False}]
+def test_weights_of_ranges_of_characters(key):
+    detail = [
+        {"begin_offset": 0, "end_offset": 3, "train": False},
+        {"begin_offset": 4, "end_offset": 5, "train": True},
+    ]
     row = {"conversations": [{"from": "gpt", "value": "Hello.", key: detail}]}
-    with pytest.raises(SFTError, match="range of its characters") as error:
-        ShareGPT().convert(row)
-    assert error.value.where == f"key 'conversations', message 1, key {key!r}"
+    (conversation,) = ShareGPT().convert(row)
+    assert conversation.messages[0].part_weights == (
+        PartWeight("content", 0, 4, 0.0),
+        PartWeight("content", 4, 6, 1.0),
+    )
+    with pytest.raises(SFTError, match="no place for the assistant message's part_weights"):
+        ShareGPT().to_row(conversation)

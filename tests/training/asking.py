@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback
 
-from lightning_sft import Scorer
+from lightning_sft import Generate, Scorer
 from lightning_sft.conversation import Segments
 
 
@@ -16,10 +16,11 @@ class Asking(Callback):
 
     def on_train_end(self, trainer, pl_module):
         texts = [Segments(((f"hello {'there ' * n}", 1.0),)) for n in range(1, 4)]
-        scorer = Scorer(pl_module, batch_size=2)
-        asked = {
+        scorer = Scorer.of(pl_module)
+        asked = [Generate(prompt, max_new_tokens=6) for prompt in ("hello", "how are you")]
+        found = {
             "scores": scorer.negative_log_likelihoods(pl_module.renderer.render_all(texts)),
-            "answers": scorer.generate(["hello", "how are you"], 6),
+            "answers": [str(each) for each in scorer.run(asked)],
         }
         path = Path(trainer.default_root_dir) / f"asked-{trainer.global_rank}.json"
-        path.write_text(json.dumps(asked))
+        path.write_text(json.dumps(found))

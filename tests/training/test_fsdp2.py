@@ -18,11 +18,13 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from zoo import model as zoo_model
 
-from lightning_sft import Scorer, SFTDataModule, SFTError, SFTModule
+from lightning_sft import Generate, Scorer, SFTDataModule, SFTError, SFTModule
 from lightning_sft.conversation import Segments
 from lightning_sft.training.fsdp2 import FSDP2Strategy, is_sharded, whole_parameters
 from lightning_sft_adapters.full import Full
 from lightning_sft_adapters.lora import LoRA
+
+ASKED = [Generate("hello", max_new_tokens=5), Generate("how are you", max_new_tokens=5)]
 
 
 @pytest.fixture(autouse=True)
@@ -73,10 +75,10 @@ class Watching(Callback):
         self._ask(pl_module)
 
     def _ask(self, module: SFTModule) -> None:
-        scorer = Scorer(module, batch_size=2)
+        scorer = Scorer.of(module)
         texts = module.renderer.render_all([Segments(((f"hello {'there ' * n}", 1.0),)) for n in range(1, 4)])
         self.scores += scorer.negative_log_likelihoods(texts)
-        self.answers.append(scorer.generate(["hello", "how are you"], 5))
+        self.answers.append([str(each) for each in scorer.run(ASKED)])
 
 
 @dataclass

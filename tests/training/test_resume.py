@@ -76,6 +76,10 @@ CASES = {
     "at the start of the next epoch": (5, "epoch_start:2", {}),
     "workers": pytest.param(7, "batch_start:16", {"data": {"num_workers": 2}}, marks=pytest.mark.slow),
     "full": (3, "batch_start:7", {"model": FULL}),
+    "new tokens": (7, "batch_start:16", {"model": {"new_tokens": ["hello there", "<new>"]}}),
+    "new tokens, full": pytest.param(
+        3, "batch_start:7", {"model": {**FULL, "new_tokens": ["hello there"]}}, marks=pytest.mark.slow
+    ),
     "after a validation inside an epoch": (2, "batch_start:5", {"trainer": {"val_check_interval": 4}}),
     "before a validation": pytest.param(
         1, "validation_end:1", {"trainer": {"val_check_interval": 4}}, marks=pytest.mark.slow
@@ -428,6 +432,7 @@ def test_the_config_of_a_continued_run_is_that_of_the_run(stopped) -> None:
         ("--model.schedule", "linear", "model.schedule: cosine -> linear"),
         ("--model.loss.label_smoothing", "0.1", "model.loss.label_smoothing: 0.0 -> 0.1"),
         ("--model.chat_template", "alpaca", "chat template: "),
+        ("--model.new_tokens", "['<x>']", "model.new_tokens: not there -> ['<x>']"),
     ],
 )
 def test_what_would_make_it_another_run_is_refused_and_shown(

@@ -1,0 +1,265 @@
+"""An evaluation: several evaluators on one model, and on the base beside it; kill-safe, on one process or several."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_sft import __version__
+from lightning_sft.bases import Evaluator
+from lightning_sft.errors import SFTError
+from lightning_sft.evaluation.journal import Journal, answered_before
+from lightning_sft.evaluation.paired import Difference, differences
+from lightning_sft.evaluation.requests import Answered, Item
+from lightning_sft.evaluation.results import Record, Results
+from lightning_sft.evaluation.scorer import Scorer
+from lightning_sft.training.fingerprint import weights_digest
+from lightning_sft.training.fsdp2 import is_sharded
+from lightning_sft.training.models import load_model, load_tokenizer, load_trained
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from lightning_sft.training.module import SFTModule
+
+RESULTS, ITEMS = "results.json", "evaluation"
+MODEL, BASE = "model", "base"
+
+
+@dataclass(slots=True)
+class Found:
+    """What one evaluator found.
+
+    Args:
+        name: Its class's name, numbered where there are several.
+        config: Its options.
+        results: Of the model.
+        base: Of the base, if it was asked.
+        changes: From the base to the model.
+        seconds: How long it took.
+    """
+
+    name: str
+    config: Mapping[str, object]
+    results: Results
+    base: Results | None = None
+    changes: list[Difference] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """What is to be evaluated, and where the results go.
+
+    Args:
+        evaluators: By name.
+        configs: Their options, by name.
+        folder: Gets `results.json`, and `evaluation/` with a file of records for each evaluator and model.
+        model: What the model is, for the reader.
+        source: The folder whose model is asked (an adapter on its base, or a whole model), not the module's.
+        baseline: Ask the base, too, and compare.
+        batch_tokens: Padded tokens of a batch; by default 512 on a CPU, else 16,384.
+        show_progress: Show how far it is.
+    """
+
+    evaluators: Mapping[str, Evaluator]
+    configs: Mapping[str, Mapping[str, object]]
+    folder: Path
+    model: Mapping[str, object]
+    source: Path | None = None
+    baseline: bool = False
+    batch_tokens: int | None = None
+    show_progress: bool = True
+    found: list[Found] = field(default_factory=list)
+
+    def run(self, module: SFTModule) -> list[Found]:
+        """Ask everything; write, keep and return what was found.
+
+        Raises:
+            SFTError: An evaluator's data is missing or malformed, or a request can't be answered.
+        """
+        asked = {name: _items(name, evaluator) for name, evaluator in self.evaluators.items()}
+        seconds = dict.fromkeys(asked, 0.0)
+        parts: dict[str, dict[str, Results]] = {MODEL: {}, BASE: {}}
+        for part in (MODEL, BASE) if self.baseline else (MODEL,):
+            with self._base_of(module) if part == BASE else _itself(module) as model:
+                scorer = Scorer(model, module.tokenizer, module.renderer, batch_tokens=self.batch_tokens)
+                for name, items in asked.items():
+                    begun = time.perf_counter()
+                    answered = self._answer(module, scorer, items, part, name)
+                    parts[part][name] = self.evaluators[name].score(answered)
+                    seconds[name] += time.perf_counter() - begun
+        for name in asked:
+            results, base = parts[MODEL][name], parts[BASE].get(name)
+            changes = differences(base.records, results.records) if base else []
+            self.found.append(Found(name, self.configs.get(name, {}), results, base, changes, seconds[name]))
+        if module.trainer.is_global_zero:
+            self._write(module)
+        return self.found
+
+    def take(self, module: SFTModule) -> None:
+        """Let the module have the source's model, tokenizer and chat template.
+
+        Raises:
+            SFTError: They can't be loaded.
+        """
+        if self.source is not None:
+            trust = module.trust_remote_code
+            module.tokenizer = load_tokenizer(str(self.source), trust_remote_code=trust, key="source")
+            module.model = load_trained(self.source, dtype=module.weights_dtype(), trust_remote_code=trust)
+            module.chat_template = None
+
+    @contextmanager
+    def _base_of(self, module: SFTModule) -> Iterator[nn.Module]:
+        """The base: the model with its adapter off, where it has one that can be, else loaded anew."""
+        model = module.loaded
+        with ExitStack() as stack:
+            try:
+                if self.source is None:
+                    model = stack.enter_context(module.adapter.base_model(model))
+                elif hasattr(model, "disable_adapter"):
+                    stack.enter_context(model.disable_adapter())
+                else:
+                    model = _loaded_anew(module)
+            except SFTError:
+                model = _loaded_anew(module)
+            yield model
+
+    def _answer(
+        self, module: SFTModule, scorer: Scorer, items: Sequence[Item], part: str, name: str
+    ) -> list[Answered]:
+        """All items answered, by this process or the others."""
+        trainer = module.trainer
+        rank, world = _share_of(module)
+        journal = Journal(self.folder / ITEMS / part / name, _identity(scorer), rank)
+        known = answered_before(items, journal.known())
+        trainer.strategy.barrier()  # before any process rewrites its file
+        left = [number for number in range(len(items)) if number not in known]
+        mine = left[rank::world]
+        if known and trainer.is_global_zero:
+            print(f"{name}: {len(known)} of {len(items)} items were answered before")
+        streamed = journal.write(scorer.stream_items([items[number] for number in mine]))
+        with self._progress(trainer, f"{name} ({part})", len(mine)) as advance:
+            fresh = {}
+            for index, answered in streamed:
+                fresh[mine[index]] = answered
+                advance()
+        for other in _gathered(fresh, world):
+            known |= other
+        return [known[number] for number in range(len(items))]
+
+    @contextmanager
+    def _progress(self, trainer: Any, what: str, total: int) -> Iterator[Any]:
+        if not (self.show_progress and trainer.is_global_zero):
+            yield lambda: None
+            return
+        from rich.progress import Progress
+
+        with Progress(transient=True) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda: progress.advance(task)
+
+    def _write(self, module: SFTModule) -> None:
+        for found in self.found:
+            for part, results in ((MODEL, found.results), (BASE, found.base)):
+                if results is not None:
+                    write_records(self.folder / ITEMS / part / f"{found.name}.jsonl", results.records)
+        told = {
+            "model": {**self.model, "precision": str(module.trainer.precision), **_facts(module)},
+            "versions": _versions(),
+            "evaluators": {found.name: _told(found) for found in self.found},
+        }
+        path = self.folder / RESULTS
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def write_records(path: Path, records: Sequence[Record]) -> None:
+    """One JSON line for each record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _items(name: str, evaluator: Evaluator) -> Sequence[Item]:
+    items = evaluator.requests()
+    if not items:
+        raise SFTError("it asks nothing", where=f"evaluators: {name}", fix="check its data and limits")
+    return items
+
+
+@contextmanager
+def _itself(module: SFTModule) -> Iterator[nn.Module]:
+    yield module.loaded
+
+
+def _loaded_anew(module: SFTModule) -> PreTrainedModel:
+    base = load_model(
+        module.base,
+        dtype=module.loaded.dtype,
+        revision=module.revision,
+        trust_remote_code=module.trust_remote_code,
+    )
+    return base.to(module.device).eval()
+
+
+def _share_of(module: SFTModule) -> tuple[int, int]:
+    """The process's number and how many share the items; a sharded model needs all processes for each."""
+    return (0, 1) if is_sharded(module.loaded) else (module.trainer.global_rank, module.trainer.world_size)
+
+
+def _gathered(mine: dict[int, Answered], world: int) -> list[dict[int, Answered]]:
+    if world == 1:
+        return [mine]
+    gathered: list[Any] = [None] * world
+    torch.distributed.all_gather_object(gathered, mine)
+    return gathered
+
+
+def _identity(scorer: Scorer) -> dict[str, object]:
+    """What responses depend on."""
+    chat = scorer.encoder.renderer.chat_template
+    return {
+        "weights": weights_digest(scorer.model),
+        "tokenizer": len(scorer.tokenizer),
+        "chat template": hashlib.sha256(chat.encode()).hexdigest()[:16],
+        "context": scorer.encoder.context_length,
+        "version": __version__,
+    }
+
+
+def _facts(module: SFTModule) -> dict[str, object]:
+    return {
+        "dtype": str(module.loaded.dtype).removeprefix("torch."),
+        "parameters": sum(parameter.numel() for parameter in module.loaded.parameters()),
+        "context_length": module.context_length,
+        "processes": module.trainer.world_size,
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "tokenizers", "peft")
+    return {"lightning-sft": __version__} | {name: metadata.version(name) for name in names}
+
+
+def _told(found: Found) -> dict[str, object]:
+    told: dict[str, object] = {
+        "config": dict(found.config),
+        "seconds": round(found.seconds, 3),
+        "scores": [asdict(score) for score in found.results.scores],
+    }
+    if found.base is not None:
+        told["base_scores"] = [asdict(score) for score in found.base.scores]
+        told["changes"] = [asdict(change) for change in found.changes]
+    return told

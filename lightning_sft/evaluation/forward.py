@@ -1,0 +1,191 @@
+"""One model's forward passes for evaluation: shared beginnings, branches, and the head only where it counts.
+
+What a model can share is found by trying it, as its layout for training is: a trial of shared keys and values and of
+branches must give what each row alone gives. A model that fails it, and rows longer than a sliding window, are
+computed row by row, which is exact for all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sft.evaluation.encoding import Scored
+from lightning_sft.evaluation.sharing import Row, rows_of
+from lightning_sft.training.layout import apart, backbone, causal_lm, choose_head, tolerance
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+_TRIAL = [
+    Scored((*range(7), 3, 5), 2),
+    Scored((*range(7), 3, 6, 1), 3),
+    Scored((*range(7), 4, 2, 2), 3),
+    Scored((*range(7), 4), 1),
+    Scored((*range(5), 9, 8, 1, 5, 3), 2),
+]
+_LOGITS_AT_ONCE = 1 << 23
+
+
+@dataclass(slots=True)
+class Beginning:
+    """The keys and values of tokens that rows share.
+
+    Args:
+        keys: `[1, heads, shared, size]` for each layer.
+        values: Likewise.
+        shared: How many tokens.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    shared: int
+
+
+class Forward:
+    """Computes hidden states and log-probabilities of one model, in the mode that it is in.
+
+    Args:
+        model: A causal language model of transformers, or peft's wrapper of one, with transformers' own attention.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.inner = causal_lm(model)
+        self.backbone = backbone(self.inner)
+        self.own_logits = False
+        self.device = self.inner.get_input_embeddings().weight.device
+        row = torch.arange(1, 8, device=self.device)[None] % self.inner.config.get_text_config().vocab_size
+        known = inspect.signature(self.backbone.forward).parameters
+        self.has_positions = "position_ids" in known
+        config = self.inner.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ())
+        window = getattr(config, "sliding_window", None)
+        if window and getattr(config, "use_sliding_window", True) is False:
+            window = None
+        self.window: int | None = window or None
+        self.head, self.own_logits = choose_head(self.inner, row, self.states(input_ids=row))
+        whole = self.has_positions and not getattr(config, "alibi", False)
+        odd = kinds - {"full_attention", "sliding_attention"}
+        self.has_cache = "past_key_values" in known and not odd
+        self.shares = self.has_cache and whole and not (window and window < 16)
+        self.shares = self.shares and self._trial_holds(branching=False)
+        self.branches = self.shares and not window and self._trial_holds(branching=True)
+
+    @property
+    def longest_sharing(self) -> int | None:
+        """Rows that are longer share nothing; None: there is no such limit."""
+        return self.window if self.shares else 0
+
+    def states(self, **inputs: Any) -> Tensor:
+        """The model's last hidden states `[B, T, H]`, or its logits `[B, T, V]`: what `head` takes."""
+        inputs = {"use_cache": False} | inputs
+        out: Tensor = self.inner(**inputs).logits if self.own_logits else self.backbone(**inputs)[0]
+        return out
+
+    def beginning(self, ids: Sequence[int]) -> Beginning:
+        """The keys and values of these tokens."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        row = torch.tensor([list(ids)], device=self.device)
+        self.backbone(input_ids=row, past_key_values=cache, use_cache=True)
+        return Beginning(
+            [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], len(ids)
+        )
+
+    def hidden(self, rows: Sequence[Row], beginning: Beginning | None = None) -> Tensor:
+        """The last hidden states (or logits) at all targets of the rows, `[n, H]`; rows padded at the right.
+
+        Args:
+            rows: Which tokens; their targets say where.
+            beginning: What they all begin with, computed before.
+        """
+        shared = beginning.shared if beginning else 0
+        longest = max(map(len, rows)) - shared
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        for number, row in enumerate(rows):
+            ids[number, : len(row) - shared] = torch.tensor(row.ids[shared:])
+        inputs: dict[str, Any] = {"input_ids": ids.to(self.device)}
+        if beginning is not None:
+            inputs |= {"past_key_values": _repeated(beginning, len(rows)), "use_cache": True}
+        if any(len(row.branches) > 1 for row in rows):
+            mask, positions = _branching(rows, shared, longest)
+            smallest = max(torch.finfo(self.inner.dtype).min, torch.finfo(torch.bfloat16).min)
+            bias = torch.zeros(mask.shape, dtype=self.inner.dtype).masked_fill(~mask, smallest)
+            inputs |= {"attention_mask": bias.to(self.device), "position_ids": positions.to(self.device)}
+        states = self.states(**inputs).flatten(0, 1)
+        places = [
+            number * longest + target.position - shared
+            for number, row in enumerate(rows)
+            for target in row.targets
+        ]
+        return states.index_select(0, torch.tensor(places, device=self.device))
+
+    def log_probabilities(self, hidden: Tensor, tokens: Sequence[int]) -> tuple[list[float], list[bool]]:
+        """Log p of one token after each hidden state `[n, H]`, and whether it is the likeliest one."""
+        wanted = torch.tensor(tokens, device=hidden.device)
+        size = max(1, _LOGITS_AT_ONCE // self.inner.config.get_text_config().vocab_size)
+        values, likeliest = [], []
+        for states, token in zip(hidden.split(size), wanted.split(size), strict=True):
+            logits = self.head(states)
+            own = logits.gather(1, token[:, None])[:, 0]
+            values.append(own - logits.logsumexp(-1))
+            likeliest.append(logits.argmax(-1) == token)
+        return torch.cat(values).tolist(), torch.cat(likeliest).tolist()
+
+    def _trial_holds(self, *, branching: bool) -> bool:
+        """Whether the trial's rows give with sharing what each alone gives."""
+        try:
+            alone = {}
+            for owner, scored in enumerate(_TRIAL):
+                (row,) = rows_of([scored], branching=False)
+                alone[owner] = self.hidden([row])
+            shared = _TRIAL[0].ids[:4]
+            rows = rows_of(_TRIAL, branching=branching)
+            found = self.hidden(rows, self.beginning(shared))
+        except Exception:  # whatever an unusual model does: rows alone are exact for all
+            return False
+        owners = [target.owner for row in rows for target in row.targets]
+        for owner, expected in alone.items():
+            mine = found[[number for number, other in enumerate(owners) if other == owner]]
+            allowed = tolerance(expected.to(self._computed_in(expected.dtype)))
+            if mine.shape != expected.shape or not apart(mine, expected) <= allowed:
+                return False
+        return True
+
+    def _computed_in(self, dtype: torch.dtype) -> torch.dtype:
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+
+
+def _repeated(beginning: Beginning, times: int) -> Cache:
+    """A cache in which each of so many rows begins alike; nothing is copied."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache()
+    for keys, values in zip(beginning.keys, beginning.values, strict=True):
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys.expand(times, -1, -1, -1), values.expand(times, -1, -1, -1)
+        cache.layers.append(layer)
+    return cache
+
+
+def _branching(rows: Sequence[Row], shared: int, longest: int) -> tuple[Tensor, Tensor]:
+    """Which slots each position sees, bool `[rows, 1, longest, shared + longest]`, and its position in its text."""
+    seen = torch.ones(longest, shared + longest, dtype=torch.bool).tril(shared)
+    mask = seen.repeat(len(rows), 1, 1)
+    positions = torch.arange(shared, shared + longest).repeat(len(rows), 1)
+    for number, row in enumerate(rows):
+        for start, end in row.branches:
+            mask[number, start - shared : end - shared, row.trunk : start] = False
+            positions[number, start - shared : end - shared] = torch.arange(
+                row.trunk, row.trunk + end - start
+            )
+    return mask[:, None], positions

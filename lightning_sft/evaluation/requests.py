@@ -1,0 +1,160 @@
+"""What a model is asked in an evaluation, and what it answers; plain data, without a tokenizer or a model.
+
+A prompt is text as the model gets it, or messages, which the Scorer renders with the model's chat template up to
+where the assistant begins. Several choices of one question are several `LogLikelihood`s with the same context: the
+Scorer computes it once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+
+from lightning_sft.conversation import Message
+
+Prompt = str | tuple[Message, ...]
+"""Text, or the messages of a conversation before the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogLikelihood:
+    """How likely the continuation is after the context.
+
+    Args:
+        context: What comes before; an empty one is the BOS token (EOS without one).
+        continuation: What is scored: all its tokens. White space at the end of the context is scored with it.
+    """
+
+    context: Prompt
+    continuation: str
+
+
+@dataclass(frozen=True, slots=True)
+class RollingLogLikelihood:
+    """How likely a whole text is, of any length.
+
+    Its tokens are scored in windows of the model's context that don't overlap; the last window is filled up with
+    the tokens before it as context.
+
+    Args:
+        text: What is scored.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """What the model writes after the prompt.
+
+    Args:
+        prompt: What comes before; of a longer one the last `context − max_new_tokens` tokens are kept.
+        stop: Texts that end the answer; they aren't part of it. An end-of-turn or EOS token always ends it.
+        max_new_tokens: Most tokens of the answer.
+        temperature: 0 takes the likeliest token each time; else tokens are drawn, seeded by the request itself.
+    """
+
+    prompt: Prompt
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+
+
+Request = LogLikelihood | RollingLogLikelihood | Generate
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """The answer to `LogLikelihood` and `RollingLogLikelihood`.
+
+    Args:
+        log_likelihood: Σ log p(token), in nats, over the scored tokens.
+        tokens: How many those are.
+        greedy: Each of them is the likeliest one at its place.
+    """
+
+    log_likelihood: float
+    tokens: int
+    greedy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """The answer to `Generate`.
+
+    Args:
+        text: What was written, up to the first stop text, without special tokens.
+        tokens: How many tokens were written, with the one that ended it.
+    """
+
+    text: str
+    tokens: int
+
+
+Response = Likelihood | Generated
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One item of an evaluation: a question, a text, a task to do.
+
+    Args:
+        task: The part of the evaluation that it belongs to, as its scores are given: a subject, a file.
+        number: Its place in the task's data, from 0.
+        requests: What the model is asked for it.
+        target: The right answer.
+        data: What judging needs beside it, in JSON types.
+    """
+
+    task: str
+    number: int
+    requests: tuple[Request, ...]
+    target: str = ""
+    data: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """A hash of all requests: 16 hexadecimal digits, the same in every process and version."""
+        told = [
+            [type(each).__name__, *(getattr(each, option.name) for option in fields(each))]
+            for each in self.requests
+        ]
+        return hashlib.sha256(json.dumps(told, default=asdict).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An item with the model's responses, one for each of its requests.
+
+    Args:
+        item: What was asked.
+        responses: In the order of `item.requests`.
+    """
+
+    item: Item
+    responses: tuple[Response, ...]
+
+    @property
+    def log_likelihoods(self) -> list[float]:
+        """Those of the responses that have one, in order: the scores of the choices."""
+        return [each.log_likelihood for each in self.responses if isinstance(each, Likelihood)]
+
+    @property
+    def likeliest(self) -> int:
+        """The index of the likeliest choice, the lowest one on ties."""
+        found = self.log_likelihoods
+        return found.index(max(found))
+
+    @property
+    def text(self) -> str:
+        """The first text that was generated.
+
+        Raises:
+            ValueError: None was asked for.
+        """
+        for response in self.responses:
+            if isinstance(response, Generated):
+                return response.text
+        raise ValueError(f"nothing was generated for {self.item.task} {self.item.number}")

@@ -1,0 +1,1 @@
+"""Evaluators: what a model is asked, and how its answers are judged."""

@@ -1,0 +1,229 @@
+"""The Scorer's answers against transformers and the definitions, one request at a time, for many kinds of model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import CONTEXT
+
+from lightning_sft import (
+    Generate,
+    Item,
+    LogLikelihood,
+    Message,
+    RollingLogLikelihood,
+    Scorer,
+    SFTError,
+)
+
+FAMILIES = ["llama", "gpt2", "gemma2", "gemma3", "mistral", "cohere", "falcon", "bloom", "mamba"]
+SHOTS = "the user asks and the assistant answers: " * 6
+CONTEXTS = ["hello", f"{SHOTS}hello there", f"{SHOTS}how are", f"{SHOTS}how are you ", "", SHOTS * 6]
+CONTINUATIONS = [" a", " the assistant", " the user asks", " there, how are you?"]
+ASKED = [LogLikelihood(context, end) for context in CONTEXTS for end in CONTINUATIONS]
+
+
+@pytest.fixture(scope="module")
+def load(model_folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    made = {}
+
+    def loaded(family):
+        if family not in made:
+            folder = model_folder(family)
+            model = AutoModelForCausalLM.from_pretrained(folder).eval()
+            made[family] = model, AutoTokenizer.from_pretrained(folder)
+        return made[family]
+
+    return loaded
+
+
+def ids_of(tokenizer, context: str, continuation: str) -> tuple[list[int], int]:
+    """The definition: all ids cut at the left to the context and one more, and how many are scored."""
+    kept = context.rstrip()
+    continuation, context = context[len(kept) :] + continuation, kept
+    if not context:
+        scored = tokenizer.encode(continuation, add_special_tokens=False)
+        return [tokenizer.eos_token_id, *scored], len(scored)
+    whole = tokenizer.encode(context + continuation)
+    return whole[-(CONTEXT + 1) :], len(whole) - len(tokenizer.encode(context))
+
+
+@torch.no_grad()
+def slow(model, ids: list[int], count: int) -> tuple[float, bool]:
+    """The sum of log p over the last `count` ids, and whether each is the likeliest: the whole text in one pass."""
+    log_p = model(input_ids=torch.tensor([ids[:-1]])).logits[0].float().log_softmax(-1)[-count:]
+    wanted = torch.tensor(ids[-count:])
+    return float(log_p.gather(1, wanted[:, None]).sum()), bool((log_p.argmax(-1) == wanted).all())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_likelihoods_are_those_of_each_request_alone(load, family):
+    model, tokenizer = load(family)
+    found = Scorer(model, tokenizer, context_length=CONTEXT).run(ASKED)
+    for request, response in zip(ASKED, found, strict=True):
+        ids, count = ids_of(tokenizer, request.context, request.continuation)
+        total, greedy = slow(model, ids, count)
+        assert response.log_likelihood == pytest.approx(total, rel=2e-5, abs=1e-4)
+        assert (response.tokens, response.greedy) == (count, greedy)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_shared_depends_on_the_model(load, family):
+    forward = Scorer(*load(family), context_length=CONTEXT)._forward
+    shares = {"llama", "gpt2", "cohere", "falcon"}
+    assert forward.shares == (family in shares)
+    assert forward.branches == (family in shares)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
+def test_batches_and_order_change_nothing(load, batch_tokens):
+    model, tokenizer = load("llama")
+    requests = [
+        *ASKED,
+        RollingLogLikelihood(SHOTS * 9),
+        Generate(SHOTS, max_new_tokens=6),
+        Generate("hello", ("e",), 9),
+    ]
+    expected = Scorer(model, tokenizer).run(requests)
+    order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(batch_tokens)).tolist()
+    found = Scorer(model, tokenizer, batch_tokens=batch_tokens).run([requests[n] for n in order])
+    for number, response in zip(order, found, strict=True):
+        if isinstance(requests[number], Generate):
+            assert response == expected[number]
+        else:
+            assert response.log_likelihood == pytest.approx(expected[number].log_likelihood, rel=2e-6)
+            assert response.greedy == expected[number].greedy
+
+
+def test_a_model_in_bfloat16_gives_its_own_precision(load):
+    model, tokenizer = load("llama")
+    expected = Scorer(model, tokenizer).run(ASKED)
+    from copy import deepcopy
+
+    rounded = deepcopy(model).bfloat16()
+    for one, other in zip(expected, Scorer(rounded, tokenizer).run(ASKED), strict=True):
+        assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=0.02, abs=0.3)
+        assert one.log_likelihood != other.log_likelihood
+
+
+@pytest.mark.parametrize("length", [3, CONTEXT - 1, CONTEXT, CONTEXT + 1, 3 * CONTEXT + 17])
+def test_rolling_windows_score_each_token_once_with_the_last_window_full(load, length):
+    model, tokenizer = load("llama")
+    text = ("abcdefghijklmnopqrstuvwxyz!?" * 40)[:length]
+    ids = tokenizer.encode(text)
+    expected = 0.0
+    for start in range(0, len(ids), CONTEXT):
+        end = min(start + CONTEXT, len(ids))
+        window = [tokenizer.eos_token_id, *ids[:end]] if start == 0 else ids[end - CONTEXT - 1 : end]
+        expected += slow(model, window, end - start)[0]
+    (found,) = Scorer(model, tokenizer).run([RollingLogLikelihood(text)])
+    assert found.tokens == len(ids)
+    assert found.log_likelihood == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_empty_text_has_no_tokens(load):
+    (found,) = Scorer(*load("llama")).run([RollingLogLikelihood("")])
+    assert (found.log_likelihood, found.tokens) == (0.0, 0)
+
+
+def test_a_tokenizer_that_merges_across_the_boundary(load):
+    model, tokenizer = load("llama")
+    (token,) = tokenizer.encode(" the")
+    assert [token] != tokenizer.encode(" t") + tokenizer.encode("he")
+    with pytest.raises(SFTError, match="no tokens of its own"):
+        Scorer(model, tokenizer).run([LogLikelihood(" t", "he")])
+
+
+def test_a_context_of_one_token(load):
+    model, tokenizer = load("llama")
+    (found,) = Scorer(model, tokenizer, context_length=1).run([LogLikelihood("hello there", "!")])
+    last = tokenizer.encode("hello there")[-1]
+    assert found.log_likelihood == pytest.approx(slow(model, [last, *tokenizer.encode("!")], 1)[0], rel=1e-5)
+    with pytest.raises(SFTError, match="has 2 tokens, the model's context is 1"):
+        Scorer(model, tokenizer, context_length=1).run([LogLikelihood("hello", "!!")])
+
+
+@pytest.mark.parametrize("context", ["hello", ""])
+def test_an_empty_continuation_is_refused(load, context):
+    with pytest.raises(SFTError, match="continuation is empty"):
+        Scorer(*load("llama")).run([LogLikelihood(context, "")])
+
+
+@torch.no_grad()
+def written(model, tokenizer, ids: list[int], new: int, stops: tuple[str, ...] = ()) -> str:
+    """The greedy answer, the slow obvious way: no cache, no padding, all decoded after each token."""
+    found: list[int] = []
+    while len(found) < new:
+        token = int(model(input_ids=torch.tensor([ids + found])).logits[0, -1].argmax())
+        if token in (tokenizer.eos_token_id, model.generation_config.eos_token_id):
+            break
+        found.append(token)
+        text = tokenizer.decode(found)
+        if any(stop in text for stop in stops):
+            return min((text.split(stop)[0] for stop in stops), key=len)
+    return tokenizer.decode(found, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_each_prompt_alone(load, family):
+    model, tokenizer = load(family)
+    prompts = ["hello", f"{SHOTS}hello there", f"{SHOTS}how are", f"{SHOTS}you", SHOTS * 6]
+    found = Scorer(model, tokenizer, context_length=CONTEXT).run(
+        [Generate(p, max_new_tokens=9) for p in prompts]
+    )
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = tokenizer.encode(prompt)[-(CONTEXT - 9) :]
+        assert answer.text == written(model, tokenizer, ids, 9)
+
+
+def test_each_answer_stops_by_itself(load):
+    model, tokenizer = load("llama")
+    prompts = [f"{SHOTS}{word}" for word in ("hello", "there", "how", "are", "you")]
+    whole = [written(model, tokenizer, tokenizer.encode(p), 12) for p in prompts]
+    stop = whole[0][3:5]
+    requests = [Generate(p, (stop,), 12) for p in prompts]
+    found = Scorer(model, tokenizer).run(requests)
+    for prompt, full, answer in zip(prompts, whole, found, strict=True):
+        assert answer.text == written(model, tokenizer, tokenizer.encode(prompt), 12, (stop,))
+        assert answer.text == full.split(stop)[0]
+    assert found[0].tokens < 12
+
+
+def test_no_room_for_a_prompt_is_refused(load):
+    with pytest.raises(SFTError, match=f"max_new_tokens is {CONTEXT}"):
+        Scorer(*load("llama")).run([Generate("hello", max_new_tokens=CONTEXT)])
+
+
+def test_drawn_answers_depend_on_the_request_alone(load):
+    model, tokenizer = load("llama")
+    requests = [Generate(f"{SHOTS}{word}", max_new_tokens=8, temperature=2.0) for word in ("a", "b", "c")]
+    together = Scorer(model, tokenizer).run(requests)
+    assert [Scorer(model, tokenizer).run([each])[0] for each in requests] == together
+    assert len({answer.text for answer in together}) == 3
+    greedy = Scorer(model, tokenizer).run([Generate(requests[0].prompt, max_new_tokens=8)])
+    assert greedy[0].text != together[0].text
+
+
+def test_messages_are_rendered_with_the_chat_template(load):
+    model, tokenizer = load("llama")
+    messages = (Message("user", "hello"),)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}], tokenize=False, add_generation_prompt=True
+    )
+    one, other = Scorer(model, tokenizer).run([LogLikelihood(messages, "you"), LogLikelihood(text, "you")])
+    assert one.tokens == 1 + other.tokens or one == other
+
+
+def test_items_come_back_with_their_responses(load):
+    items = [
+        Item("t", 0, (LogLikelihood("hello", " a"), LogLikelihood("hello", " there"))),
+        Item("t", 1, (Generate("hello", max_new_tokens=3),)),
+    ]
+    scorer = Scorer(*load("llama"))
+    first, second = scorer.answer(items)
+    assert first.log_likelihoods == [each.log_likelihood for each in scorer.run(items[0].requests)]
+    assert second.text == scorer.run(items[1].requests)[0].text
+    assert first.likeliest == first.log_likelihoods.index(max(first.log_likelihoods))
+    assert items[0].key != items[1].key
