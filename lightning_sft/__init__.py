@@ -27,6 +27,7 @@ _HOME = {
     "Message": "lightning_sft.conversation",
     "Meta": "lightning_sft.conversation",
     "PartWeight": "lightning_sft.conversation",
+    "Predictions": "lightning_sft.evaluation.divergence",
     "Record": "lightning_sft.evaluation.results",
     "RenderPolicies": "lightning_sft.rendering",
     "Renderer": "lightning_sft.rendering",
@@ -40,10 +41,12 @@ _HOME = {
     "Scorer": "lightning_sft.evaluation.scorer",
     "Segments": "lightning_sft.conversation",
     "Source": "lightning_sft.data.sources",
+    "TextLoss": "lightning_sft.evaluation.divergence",
     "TokenBatch": "lightning_sft.bases",
     "ToolCall": "lightning_sft.conversation",
     "scores_by_task": "lightning_sft.evaluation.results",
     "read_rows": "lightning_sft.data.sources",
+    "text_losses": "lightning_sft.evaluation.divergence",
 }
 
 if TYPE_CHECKING:
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     from lightning_sft.data.plan import BatchPlan
     from lightning_sft.data.sources import Source, read_rows
     from lightning_sft.errors import SFTError
+    from lightning_sft.evaluation.divergence import Predictions, TextLoss, text_losses
     from lightning_sft.evaluation.requests import (
         Answered,
         Generate,
@@ -85,6 +89,7 @@ __all__ = [
     "Message",
     "Meta",
     "PartWeight",
+    "Predictions",
     "Record",
     "RenderPolicies",
     "Renderer",
@@ -98,10 +103,12 @@ __all__ = [
     "Scorer",
     "Segments",
     "Source",
+    "TextLoss",
     "TokenBatch",
     "ToolCall",
     "read_rows",
     "scores_by_task",
+    "text_losses",
 ]
 
 

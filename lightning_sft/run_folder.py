@@ -193,6 +193,11 @@ class RunFolder(Callback):
         """Export what was trained; `model/` is there only when it is whole."""
         export(pl_module, Path(trainer.default_root_dir))
 
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Export again what a callback has put in place of the last step's weights."""
+        if pl_module.restored and trainer.is_global_zero:
+            export(pl_module, Path(trainer.default_root_dir))
+
 
 def export(module: Any, folder: Path) -> None:
     """Write `model/` of the run, from rank 0; it is there only when it is whole. All ranks call this."""

@@ -24,7 +24,7 @@ from lightning_sft.evaluation.results import Record, Results
 from lightning_sft.evaluation.scorer import Scorer
 from lightning_sft.training.fingerprint import weights_digest
 from lightning_sft.training.fsdp2 import is_sharded
-from lightning_sft.training.models import load_model, load_tokenizer, load_trained
+from lightning_sft.training.models import load_model, load_trained
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,9 +115,8 @@ class Evaluation:
         """
         if self.source is not None:
             trust = module.trust_remote_code
-            module.tokenizer = load_tokenizer(str(self.source), trust_remote_code=trust, key="source")
+            module.use_tokenizer(str(self.source))
             module.model = load_trained(self.source, dtype=module.weights_dtype(), trust_remote_code=trust)
-            module.chat_template = None
 
     @contextmanager
     def _base_of(self, module: SFTModule) -> Iterator[nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lightning_sft.data.batch import Batch
+    from lightning_sft.data.datamodule import SFTDataModule
 
 _EVERY_TURN = RenderPolicies()
 _PRECISION_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -132,6 +133,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         self.compiled = compile
         _check_options(self)
         self.model: PreTrainedModel | None = None
+        self.restored = False
         self.metrics = nn.ModuleDict(
             {
                 stage: nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
@@ -154,6 +156,11 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         if self.compiled:
             compile_blocks(causal_lm(self.loaded))
         return layout
+
+    @property
+    def data(self) -> SFTDataModule:
+        """The data module of the run at hand: prepared examples, plans and ledger."""
+        return cast("SFTDataModule", vars(self.trainer)["datamodule"])
 
     @property
     def loaded(self) -> PreTrainedModel:
@@ -217,6 +224,11 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
             return chosen
         precision = str(self.trainer.precision) if self._trainer is not None else "32-true"
         return _PRECISION_DTYPES.get(precision, torch.float32)
+
+    def restore(self, weights: dict[str, Tensor]) -> None:
+        """Take these weights of what is trained, as a checkpoint's `state_dict` holds them; the run ends with them."""
+        self.load_state_dict(weights, strict=False)
+        self.restored = True
 
     def export(self, folder: Path) -> None:
         """Write adapter or model, tokenizer, chat template and generation config: rank 0, but all ranks call this."""

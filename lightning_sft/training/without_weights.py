@@ -54,6 +54,13 @@ class WithoutWeights(LightningModule):
         names = self.new_tokens
         return tokenizer, add_tokens(tokenizer, names, self._base_rows) if names else None
 
+    def use_tokenizer(self, folder: str) -> None:
+        """Take the tokenizer and the chat template of a model's folder, which new tokens and options are in already."""
+        self.tokenizer_name, self.new_tokens = folder, []
+        self.chat_template, self.chat_template_kwargs = None, None
+        for cached in ("_tokenizer_and_rows", "rows", "renderer"):
+            vars(self).pop(cached, None)
+
     @cached_property
     def base_config(self) -> PretrainedConfig:
         """The base's configuration."""

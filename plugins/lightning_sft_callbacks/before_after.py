@@ -7,14 +7,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lightning.pytorch import Callback
 
 from lightning_sft import Generate, Generated, Message, Row, Scorer, Segments, SFTError, Source, read_rows
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
     from lightning_sft import Example, SFTModule
 
@@ -75,16 +75,16 @@ class BeforeAfter(Callback):
         self.max_new_tokens = max_new_tokens
         self.before: Measured | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: SFTModule) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the base; on every rank, as each may have a part of it."""
         if self.before is None:
-            self.before = self.measure(trainer, pl_module)
+            self.before = self.measure(cast("SFTModule", pl_module))
 
-    def on_train_end(self, trainer: Trainer, pl_module: SFTModule) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the tuned model, and show both."""
         if self.before is None:
             return
-        after = self.measure(trainer, pl_module)
+        after = self.measure(cast("SFTModule", pl_module))
         if not trainer.is_global_zero:
             return
         path = Path(trainer.default_root_dir) / "before_after.json"
@@ -92,7 +92,7 @@ class BeforeAfter(Callback):
         path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         self._show(self.before, after, path)
 
-    def measure(self, trainer: Trainer, module: SFTModule) -> Measured:
+    def measure(self, module: SFTModule) -> Measured:
         """Everything, of the model as it is now."""
         scorer = Scorer.of(module)
         answers = self._answers(scorer)
@@ -102,7 +102,7 @@ class BeforeAfter(Callback):
         general = module.renderer.render_all(
             [Segments(((str(row["text"]), 1.0),)) for row in self.general_text]
         )
-        held_out = trainer.datamodule.prepared.get("val")  # type: ignore[attr-defined]
+        held_out = module.data.prepared.get("val")
         return Measured(
             validation_loss=None if held_out is None else _per_token(scorer, held_out.examples),
             exact_match=_share([verdict for verdicts in right.values() for verdict in verdicts]),

@@ -1,0 +1,73 @@
+"""Evaluators on the way: any benchmark, on a fixed part of its items."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_sft import Answered, Evaluator, Item, Scorer, SFTError
+from lightning_sft_callbacks.probing import Probe
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from lightning_sft import SFTModule
+
+
+class EvaluateDuringFit(Probe):
+    """Runs evaluators at step 0, every so many steps and at the end, on the same items each time.
+
+    Every score of each is kept in `evaluations.json`; the first one of each is logged.
+
+    Args:
+        evaluators: Which.
+        every_n_steps: Optimizer steps between two measurements; 0 measures only at the start and the end.
+        items: So many of each evaluator's items, drawn by `seed`; all of them where it is left out.
+        seed: Which items are drawn.
+    """
+
+    file = "evaluations"
+    prefix = "evaluations"
+
+    def __init__(
+        self, evaluators: list[Evaluator], every_n_steps: int = 0, items: int | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(every_n_steps)
+        if not evaluators or (items is not None and items < 1):
+            raise SFTError(
+                "there is no evaluator" if not evaluators else f"items is {items}",
+                where="EvaluateDuringFit",
+                fix="name at least one evaluator, and at least one item",
+            )
+        self.evaluators = evaluators
+        self.items = items
+        self.seed = seed
+        self._asked: list[list[Item]] = []
+
+    def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
+        """The scores of the model as it is now."""
+        if not self._asked:
+            self._asked = [self._drawn(list(each.requests())) for each in self.evaluators]
+        scorer, record = Scorer.of(module), dict[str, Any]()
+        for evaluator, items in zip(self.evaluators, self._asked, strict=True):
+            responses = iter(scorer.run([request for item in items for request in item.requests]))
+            answered = [Answered(item, tuple(next(responses) for _ in item.requests)) for item in items]
+            for score in evaluator.score(answered).scores:
+                record[f"{score.name}/{score.metric}"] = score.value
+        return record
+
+    def _drawn(self, items: list[Item]) -> list[Item]:
+        if self.items is None or self.items >= len(items):
+            return items
+        rows = np.random.default_rng(self.seed).choice(len(items), self.items, replace=False)
+        return [items[int(row)] for row in sorted(rows)]
+
+    def numbers(self, record: dict[str, Any]) -> dict[str, float]:
+        """The scores, without those of single tasks and groups where there is one over all."""
+        return {name: value for name, value in record.items() if name.count("/") == 1}
+
+    def told(self, record: dict[str, Any]) -> str:
+        """The scores that are logged."""
+        values = "  ".join(f"{name} {value:.4g}" for name, value in self.numbers(record).items())
+        return f"step {record['step']}: {values}"

@@ -1,0 +1,143 @@
+"""Whether the model learns its training rows by heart."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from lightning_sft import SFTError, text_losses
+from lightning_sft_callbacks.probing import Probe
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from lightning_sft import Example, SFTModule, TextLoss
+
+
+class MemorizationProbe(Probe):
+    """Compares rows that are trained on with held-out ones: what sets them apart was learned by heart.
+
+    - `gap`: held-out minus trained loss, in nats per trained token, each row counting alike.
+    - `auc`: how well the loss tells trained rows from held-out ones (Yeom et al., 2018): 0.5 is not at all, 1 always.
+    - `extractable`: share of trained rows whose answer comes out at least once in `draws` samples with a probability of
+      at least `probability`, at temperature 1: (n, p)-discoverable extraction (Hayes et al., 2024), from the loss.
+    - `verbatim`: share of trained rows whose answer greedy decoding writes token by token; `verbatim_held_out` of
+      held-out ones.
+
+    All in `memorization.json`. It needs validation data.
+
+    Args:
+        examples: How many trained and how many held-out rows to look at, drawn by `seed`.
+        every_n_steps: Optimizer steps between two measurements; 0 measures only at the start and the end.
+        draws: n of the (n, p)-extraction.
+        probability: p of it.
+        max_auc: What an `auc` above this leads to, see `then`; null: to nothing.
+        max_verbatim: The same for `verbatim` minus that of held-out rows.
+        then: `warn` once, or `stop` the training.
+        seed: Which rows are drawn.
+    """
+
+    file = "memorization"
+    prefix = "memorization"
+
+    def __init__(
+        self,
+        examples: int = 64,
+        every_n_steps: int = 0,
+        draws: int = 100,
+        probability: float = 0.5,
+        max_auc: float | None = None,
+        max_verbatim: float | None = None,
+        then: Literal["warn", "stop"] = "warn",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(every_n_steps)
+        if examples < 2 or draws < 1 or not 0 < probability < 1:
+            raise SFTError(
+                f"examples is {examples}, draws {draws}, probability {probability}",
+                where="MemorizationProbe",
+                fix="give at least 2 examples, 1 draw, and a probability between 0 and 1",
+            )
+        self.examples = examples
+        self.draws = draws
+        self.probability = probability
+        self.max_auc = max_auc
+        self.max_verbatim = max_verbatim
+        self.then = then
+        self.seed = seed
+        self._warned = False
+
+    def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
+        """The record of the model as it is now."""
+        data = module.data
+        if "val" not in data.prepared:
+            raise SFTError(
+                "without validation data there is nothing to compare the trained rows with",
+                where="MemorizationProbe",
+                fix="give data.val or data.val_split",
+            )
+        trained = text_losses(module, self._drawn(data.prepared["train"].examples))
+        held_out = text_losses(module, self._drawn(data.prepared["val"].examples))
+        known, new = _per_token(trained), _per_token(held_out)
+        record = {
+            "trained_loss": sum(known) / len(known),
+            "held_out_loss": sum(new) / len(new),
+            "gap": sum(new) / len(new) - sum(known) / len(known),
+            "auc": auc(known, new),
+            "extractable": _share([self.is_extractable(each.nll) for each in trained]),
+            "verbatim": _share([each.greedy for each in trained]),
+            "verbatim_held_out": _share([each.greedy for each in held_out]),
+        }
+        if trainer.global_step:
+            self._judge(trainer, record)
+        return record
+
+    def is_extractable(self, nll: float) -> bool:
+        """Whether an answer of this negative log-likelihood comes out in `draws` samples with `probability`."""
+        once = math.exp(-nll)
+        return once >= 1 or -math.expm1(self.draws * math.log1p(-once)) >= self.probability
+
+    def _drawn(self, examples: Sequence[Example]) -> list[Example]:
+        count = min(self.examples, len(examples))
+        rows = np.random.default_rng(self.seed).choice(len(examples), count, replace=False)
+        return [examples[int(row)] for row in sorted(rows)]
+
+    def _judge(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        found = {"auc": (record["auc"], self.max_auc)}
+        found["verbatim"] = (record["verbatim"] - record["verbatim_held_out"], self.max_verbatim)
+        for name, (value, most) in found.items():
+            if most is None or value <= most:
+                continue
+            said = f"MemorizationProbe: {name} is {value:.2f} at step {trainer.global_step}, above {most:g}"
+            if self.then == "stop":
+                trainer.should_stop = True
+                if trainer.is_global_zero:
+                    print(f"{said}: training stops", flush=True)
+            elif not self._warned:
+                self._warned = True
+                warnings.warn(f"{said}: training rows are learned by heart", stacklevel=2)
+
+    def told(self, record: dict[str, Any]) -> str:
+        """Gap, AUC and verbatim answers."""
+        return (
+            f"step {record['step']}: memorization gap {record['gap']:.3f}, AUC {record['auc']:.2f}, "
+            f"verbatim {record['verbatim']:.0%} (held out {record['verbatim_held_out']:.0%})"
+        )
+
+
+def auc(trained: Sequence[float], held_out: Sequence[float]) -> float:
+    """The probability that a trained row has less loss than a held-out one; ties count half (Mann and Whitney)."""
+    a, b = np.asarray(trained)[:, None], np.asarray(held_out)[None, :]
+    return float((a < b).mean() + (a == b).mean() / 2)
+
+
+def _per_token(losses: Sequence[TextLoss]) -> list[float]:
+    return [each.nll / each.tokens for each in losses]
+
+
+def _share(verdicts: Sequence[bool]) -> float:
+    return sum(verdicts) / len(verdicts)

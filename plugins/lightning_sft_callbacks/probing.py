@@ -1,0 +1,134 @@
+"""What all probes share: when they measure, what survives a kill, and where their figures go."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from lightning.pytorch import Callback
+
+from lightning_sft import SFTError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_sft import SFTModule
+
+
+class Probe(Callback):
+    """Measures the model at step 0, every so many optimizer steps, and at the end, without changing the run.
+
+    A subclass says what: `measure` gives a record in JSON types. All records are in `history`, in checkpoints, and in
+    the run folder as `<file>.json`. Every rank measures the same, so that all of them know.
+
+    Args:
+        every_n_steps: Optimizer steps between two measurements; 0 measures only at the start and the end.
+    """
+
+    file = "probe"
+    prefix = "probe"
+
+    def __init__(self, every_n_steps: int) -> None:
+        if every_n_steps < 0:
+            raise SFTError(
+                f"every_n_steps is {every_n_steps}",
+                where=type(self).__name__,
+                fix="give 0 (only at the start and the end) or more",
+            )
+        self.every_n_steps = every_n_steps
+        self.history: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        """Time spent on measuring, of this process."""
+
+    @abstractmethod
+    def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
+        """A record of the model as it is now, in JSON types."""
+
+    def numbers(self, record: dict[str, Any]) -> dict[str, float]:
+        """What of the record is logged, by name; the prefix is added."""
+        return {name: value for name, value in record.items() if isinstance(value, int | float)}
+
+    def told(self, record: dict[str, Any]) -> str | None:
+        """A line for the terminal about the record; None says nothing."""
+        return None
+
+    # ------------------------------------------------------------------------------------------- when
+
+    def is_due(self, step: int) -> bool:
+        """Whether a measurement belongs to this step."""
+        return step == 0 or (bool(self.every_n_steps) and step % self.every_n_steps == 0)
+
+    def latest(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
+        """The record of the step at hand, measured now if it wasn't yet."""
+        if not self.history or self.history[-1]["step"] != trainer.global_step:
+            began = time.monotonic()
+            module.throughput.pause()
+            self.history.append({"step": trainer.global_step, **self.measure(trainer, module)})
+            module.throughput.resume()
+            self.seconds += time.monotonic() - began
+            self._write(trainer)
+        return self.history[-1]
+
+    def begin(self, trainer: Trainer, module: SFTModule) -> None:
+        """Measure the base; after a kill, what was due at the checkpoint's step and wasn't saved with it."""
+        if trainer.global_step and not self.history:
+            raise SFTError(
+                f"the checkpoint holds nothing of {type(self).__name__}: what the base was is not known",
+                where="trainer.callbacks",
+                fix=f"take {type(self).__name__} out, or start a new run",
+            )
+        if self.is_due(trainer.global_step):
+            self.latest(trainer, module)
+
+    def finish(self, trainer: Trainer, module: SFTModule) -> None:
+        """Measure what came out."""
+        self.latest(trainer, module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin."""
+        self.begin(trainer, cast("SFTModule", pl_module))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Measure after a step that is due."""
+        if trainer.global_step and self.is_due(trainer.global_step):
+            self.latest(trainer, cast("SFTModule", pl_module))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish."""
+        self.finish(trainer, cast("SFTModule", pl_module))
+
+    # ------------------------------------------------------------------------------------------ where
+
+    def _write(self, trainer: Trainer) -> None:
+        record = self.history[-1]
+        numbers = {f"{self.prefix}/{name}": float(value) for name, value in self.numbers(record).items()}
+        for logger in trainer.loggers:
+            # The step that a logger counts is that of the last batch, from 0.
+            logger.log_metrics(numbers, step=max(0, trainer.global_step - 1))
+        if not trainer.is_global_zero:
+            return
+        if line := self.told(record):
+            print(line, flush=True)
+        path = Path(trainer.default_root_dir) / f"{self.file}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(self.report(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    def report(self) -> dict[str, Any]:
+        """What the JSON file holds."""
+        return {"history": self.history}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What survives a kill: JSON types only."""
+        return {"history": self.history, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.history = list(state_dict["history"])
+        self.seconds = state_dict["seconds"]

@@ -1,0 +1,161 @@
+"""Stopping before too much is forgotten, and ending with the best trade between gain and retention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.pytorch import Callback
+
+from lightning_sft import SFTError
+from lightning_sft_callbacks.forgetting import ForgettingProbe
+from lightning_sft_callbacks.retention import dominates
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_sft import SFTModule
+
+
+class RetentionStopping(Callback):
+    """Stops when the model forgets too much or no longer gets better, and restores the best of what it was.
+
+    After each measurement of `ForgettingProbe` it keeps the weights in `pareto/` if no other measurement had both more
+    gain and more retention. At the end the model is the one of these with the highest J = g − strictness · (1 − R) of
+    those with R ≥ `min_retention`; the base itself, at step 0, is one of them.
+
+    Args:
+        min_retention: Least retention R that is accepted.
+        patience: Measurements in a row below `min_retention`, or without a better J, until training stops.
+        restore: End with the best weights, not the last ones.
+    """
+
+    def __init__(self, min_retention: float = 0.9, patience: int = 2, restore: bool = True) -> None:
+        if not 0 <= min_retention <= 1 or patience < 1:
+            raise SFTError(
+                f"min_retention is {min_retention}, patience {patience}",
+                where="RetentionStopping",
+                fix="give a retention from 0 to 1, and a patience of 1 or more",
+            )
+        self.min_retention = min_retention
+        self.patience = patience
+        self.restore = restore
+        self.archive: list[dict[str, Any]] = []
+        """Of each kept measurement: step, gain, retention, objective, file; none dominates another."""
+        self.seen = -1
+        self.too_low = 0
+        self.no_better = 0
+        self.best_objective: float | None = None
+        self.reason: str | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the probe.
+
+        Raises:
+            SFTError: There is none, or no validation data to measure the gain with.
+        """
+        if stage == "fit":
+            _probe(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at step 0, or at what the checkpoint's step was still owed."""
+        module = cast("SFTModule", pl_module)
+        if "val" not in module.data.prepared or not _probe(trainer).task_examples:
+            raise SFTError(
+                "the gain can't be measured without validation data",
+                where="RetentionStopping",
+                fix="give data.val or data.val_split, and ForgettingProbe.task_examples above 0",
+            )
+        if trainer.global_step == 0 or _probe(trainer).is_due(trainer.global_step):
+            self._look(trainer, module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Look at a measurement when there is a new one."""
+        if _probe(trainer).is_due(trainer.global_step):
+            self._look(trainer, cast("SFTModule", pl_module))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the last measurement, and put the best weights in place."""
+        module = cast("SFTModule", pl_module)
+        self._look(trainer, module, may_stop=False)
+        best = self.best()
+        if not self.restore or best is None or best["step"] == trainer.global_step:
+            return
+        saved = torch.load(best["file"], map_location="cpu", weights_only=True)
+        module.restore(saved["state_dict"])
+        if trainer.is_global_zero:
+            print(
+                f"The model is that of step {best['step']}: retention {best['retention']:.3f}, gain {best['gain']:.3f}"
+            )
+
+    def best(self) -> dict[str, Any] | None:
+        """The archive's highest J with enough retention; where none has enough, the highest retention."""
+        enough = [each for each in self.archive if each["retention"] >= self.min_retention]
+        if enough:
+            return max(enough, key=lambda each: each["objective"])
+        return max(self.archive, key=lambda each: each["retention"], default=None)
+
+    def _look(self, trainer: Trainer, module: SFTModule, *, may_stop: bool = True) -> None:
+        record = _probe(trainer).latest(trainer, module)
+        if record["step"] <= self.seen:
+            return
+        self.seen = record["step"]
+        point = {"gain": 0.0, "objective": -(1 - record["retention"]), **record}
+        self._archive(trainer, point)
+        self.too_low = self.too_low + 1 if point["retention"] < self.min_retention else 0
+        if self.best_objective is None or point["objective"] > self.best_objective:
+            self.best_objective, self.no_better = point["objective"], 0
+        else:
+            self.no_better += 1
+        if not may_stop:
+            return
+        if self.too_low >= self.patience:
+            self._stop(trainer, f"retention {point['retention']:.3f} is below {self.min_retention:g}")
+        elif self.no_better >= self.patience:
+            self._stop(trainer, f"the objective is not above {self.best_objective:.3f} any more")
+
+    def _archive(self, trainer: Trainer, point: dict[str, Any]) -> None:
+        place = point["gain"], point["retention"]
+        others = [(each, (each["gain"], each["retention"])) for each in self.archive]
+        if any(dominates(other, place) or other == place for _, other in others):
+            return
+        path = Path(trainer.default_root_dir) / "pareto" / f"step-{point['step']}.ckpt"
+        trainer.save_checkpoint(path, weights_only=True)
+        for each, other in others:
+            if dominates(place, other):
+                self.archive.remove(each)
+                if trainer.is_global_zero:
+                    Path(each["file"]).unlink(missing_ok=True)
+        kept = {key: point[key] for key in ("step", "gain", "retention", "objective")}
+        self.archive.append({**kept, "file": str(path)})
+
+    def _stop(self, trainer: Trainer, reason: str) -> None:
+        trainer.should_stop = True
+        self.reason = reason
+        if trainer.is_global_zero:
+            print(f"step {trainer.global_step}: training stops, {reason}", flush=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The archive and the counts: JSON types only."""
+        names = ("archive", "seen", "too_low", "no_better", "best_objective", "reason")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+
+def _probe(trainer: Trainer) -> ForgettingProbe:
+    callbacks: list[Callback] = vars(trainer)["callbacks"]
+    for callback in callbacks:
+        if isinstance(callback, ForgettingProbe):
+            return callback
+    raise SFTError(
+        "there is no ForgettingProbe, whose measurements it goes by",
+        where="trainer.callbacks: RetentionStopping",
+        fix="add ForgettingProbe to trainer.callbacks",
+    )

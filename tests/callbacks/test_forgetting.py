@@ -1,0 +1,358 @@
+"""ForgettingProbe against plain transformers, and a run that doesn't notice it; RetentionStopping on a catastrophe."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_sft import SFTDataModule, SFTError, SFTModule
+from lightning_sft_adapters.full import Full
+from lightning_sft_adapters.lora import LoRA
+from lightning_sft_callbacks.domains import Domain
+from lightning_sft_callbacks.forgetting import ForgettingProbe
+from lightning_sft_callbacks.retention_stopping import RetentionStopping
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from resume_run import STOP, Stopped, write_config
+
+TEXTS = [
+    "hello there, how are you?",
+    "the assistant answers",
+    "the user asks and asks and asks the user: " * 9,
+]
+QUESTIONS = [
+    {"question": "who asks?", "choices": ["the user", "the assistant", "hello"], "answer": 0},
+    {"question": "who answers?", "choices": ["the user", "the assistant"], "answer": 1},
+    {"question": "how are you?", "choices": ["there", "hello there, how are you"], "answer": 0},
+]
+
+
+def rows(path: Path, content: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("probe")
+    train = [{"instruction": f"say {n}", "output": "how are you? " * (1 + n % 3)} for n in range(16)]
+    return {
+        "train": rows(folder / "train.jsonl", train),
+        "val": rows(folder / "val.jsonl", train[:5]),
+        "texts": rows(folder / "texts.jsonl", [{"text": text} for text in TEXTS]),
+        "questions": rows(folder / "questions.jsonl", QUESTIONS),
+    }
+
+
+def probe(files, **options) -> ForgettingProbe:
+    domains = [
+        Domain("text", text=files["texts"], weight=2.0),
+        Domain("facts", questions=files["questions"]),
+    ]
+    return ForgettingProbe(**{"domains": domains, "every_n_steps": 2, **options})
+
+
+def train(folder, files, run: Path, *callbacks, steps: int = 5, adapter=None, rate: float = 0.02, **options):
+    torch.manual_seed(0)
+    module = SFTModule(
+        base=str(folder), adapter=adapter or LoRA(r=4, dropout=0.1), learning_rate=rate, **options
+    )
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, max_steps=steps,
+        enable_model_summary=False, callbacks=list(callbacks), default_root_dir=run, gradient_clip_val=1.0,
+    )  # fmt: skip
+    trainer.fit(module, SFTDataModule(train=files["train"], val=files["val"], batch_size=4, seed=0))
+    return module
+
+
+# ----------------------------------------------------------------------------------- the slow obvious way
+
+
+def log_p(model, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+
+
+def by_hand(base, tuned, tokenizer, questions=QUESTIONS) -> dict[str, float]:
+    """Every figure of both domains, one text at a time, in plain transformers."""
+    nll = {"base": 0.0, "tuned": 0.0}
+    kl, tokens = 0.0, 0
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        assert len(ids) <= 256
+        p0, p = log_p(base, ids), log_p(tuned, ids)
+        targets = torch.tensor(ids[1:])[:, None]
+        nll["base"] -= float(p0.gather(1, targets).sum())
+        nll["tuned"] -= float(p.gather(1, targets).sum())
+        kl += float((p0.exp() * (p0 - p)).sum())
+        tokens += len(ids) - 1
+    right, loss = {"base": [], "tuned": []}, {"base": 0.0, "tuned": 0.0}
+    for name, model in (("base", base), ("tuned", tuned)):
+        for row in questions:
+            context = tokenizer(f"Question: {row['question']} Answer:")["input_ids"]
+            scores = []
+            for choice in row["choices"]:
+                ids = tokenizer(f"Question: {row['question']} Answer: {choice}")["input_ids"]
+                p = log_p(model, ids).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+                scores.append(float(p[len(context) - 1 :].sum()))
+            right[name].append(scores.index(max(scores)) == row["answer"])
+            loss[name] += torch.tensor(scores).double().logsumexp(0).item() - scores[row["answer"]]
+    delta, asked = (nll["tuned"] - nll["base"]) / tokens, (loss["tuned"] - loss["base"]) / len(questions)
+    pairs = list(zip(right["base"], right["tuned"], strict=True))
+    return {
+        "ce": nll["tuned"] / tokens,
+        "delta_ce": delta,
+        "delta_bpb": (nll["tuned"] - nll["base"]) / sum(len(t.encode()) for t in TEXTS) / math.log(2),
+        "kl": kl / tokens,
+        "asked_delta": asked,
+        "accuracy": sum(right["tuned"]) / len(questions),
+        "f10": sum(a and not b for a, b in pairs) / len(questions),
+        "retention": math.exp(-(2 * max(0.0, delta) + max(0.0, asked)) / 3),
+    }
+
+
+@pytest.mark.parametrize("adapter", [lambda: LoRA(r=4), Full], ids=["LoRA", "Full"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
+def test_its_figures_are_those_of_plain_transformers(
+    adapter, family, files, model_folder, tmp_path, tokenizer
+):
+    import transformers
+
+    folder = model_folder(family)
+    callback = probe(files, kl_top_k=len(tokenizer))
+    module = train(folder, files, tmp_path / "run", callback, adapter=adapter())
+    module.export(tmp_path / "tuned")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    if (tmp_path / "tuned" / "adapter_config.json").exists():
+        import peft
+
+        fresh = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        tuned = peft.PeftModel.from_pretrained(fresh, tmp_path / "tuned").eval()
+    else:
+        tuned = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned").eval()
+    expected = by_hand(base, tuned, tokenizer)
+    record = callback.history[-1]
+    text, asked = record["domains"]["text"], record["domains"]["facts"]
+    assert record["step"] == 5
+    assert abs(expected["delta_ce"]) > 1e-2
+    found = {
+        **{name: text[name] for name in ("ce", "delta_ce", "delta_bpb", "kl")},
+        "asked_delta": asked["delta_ce"],
+        "accuracy": asked["accuracy"],
+        "f10": asked["f10"],
+        "retention": record["retention"],
+    }
+    assert found == pytest.approx(expected, rel=2e-5, abs=2e-6)
+
+
+def test_at_step_0_nothing_is_lost_exactly(files, model_folder, tmp_path):
+    for number, adapter in enumerate((LoRA(r=4), Full())):
+        callback = probe(files)
+        train(model_folder("llama"), files, tmp_path / str(number), callback, adapter=adapter, steps=1)
+        first = callback.history[0]
+        assert first["step"] == 0
+        assert first["retention"] == 1.0
+        assert first["gain"] == 0.0
+        assert {values["delta_ce"] for values in first["domains"].values()} == {0.0}
+        assert first["domains"]["text"]["kl"] == 0.0
+
+
+def test_a_few_likeliest_tokens_give_a_lower_bound_of_the_divergence(
+    files, model_folder, tmp_path, tokenizer
+):
+    found = []
+    for keep in (2, 16, len(tokenizer)):
+        callback = probe(files, kl_top_k=keep)
+        train(model_folder("llama"), files, tmp_path / str(keep), callback, adapter=Full())
+        found.append(callback.history[-1]["domains"]["text"]["kl"])
+    assert 0 < found[0] < found[1] < found[2]
+
+
+def test_a_text_longer_than_the_context_is_measured_in_windows(files, model_folder, tmp_path, tokenizer):
+    long = rows(tmp_path / "long.jsonl", [{"text": "the user asks, the assistant answers " * 60}])
+    callback = ForgettingProbe([Domain("long", text=long)], every_n_steps=0)
+    train(model_folder("llama"), files, tmp_path / "run", callback, steps=1)
+    assert callback.baseline is not None
+    ids = tokenizer("the user asks, the assistant answers " * 60)["input_ids"]
+    windows = -(-len(ids) // 256)
+    assert windows > 1
+    assert callback.baseline.measured["long"].sizes == (len(ids) - windows,)
+
+
+# -------------------------------------------------------------------------------- it changes nothing
+
+
+@pytest.mark.parametrize("adapter", [lambda: LoRA(r=4, dropout=0.3), Full], ids=["LoRA", "Full"])
+def test_the_run_is_the_same_bit_for_bit_without_it(adapter, files, model_folder, tmp_path):
+    weights = []
+    for callbacks in ([], [probe(files), RetentionStopping(0.0, patience=99, restore=False)]):
+        run = tmp_path / str(len(callbacks))
+        module = train(model_folder("llama"), files, run, *callbacks, adapter=adapter())
+        weights.append({name: p.detach().clone() for name, p in module.named_parameters()})
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_baseline_is_kept_for_other_runs(files, model_folder, tmp_path, monkeypatch):
+    first = probe(files, cache=str(tmp_path / "kept"), task_examples=0)
+    train(model_folder("llama"), files, tmp_path / "a", first, adapter=Full())
+    second = probe(files, cache=str(tmp_path / "kept"), task_examples=0)
+    monkeypatch.setattr(ForgettingProbe, "_measured_base", None)  # would fail
+    train(model_folder("llama"), files, tmp_path / "b", second, adapter=Full())
+    assert second.history == first.history
+    third = probe(files, cache=str(tmp_path / "kept"), task_examples=0)
+    with pytest.raises(TypeError):
+        train(model_folder("qwen3"), files, tmp_path / "c", third, adapter=Full())
+
+
+# ------------------------------------------------------------------------------------------- stopping
+
+
+def test_a_catastrophe_ends_the_run_and_the_model_is_one_that_remembers(files, model_folder, tmp_path):
+    measured, stopping = probe(files, every_n_steps=1), RetentionStopping(0.9, patience=2)
+    module = train(
+        model_folder("llama"), files, tmp_path / "run", measured, stopping, adapter=Full(), steps=40, rate=2.0
+    )
+    assert module.trainer.global_step < 10
+    assert "below 0.9" in (stopping.reason or "")
+    assert measured.history[-1]["retention"] < 0.9
+    best = stopping.best()
+    assert best is not None
+    assert best["retention"] >= 0.9
+    assert module.restored
+    again = ForgettingProbe(measured.domains, every_n_steps=0, task_examples=0)
+    again._loaded, again.baseline = measured._loaded, measured.baseline
+    assert again.measure(module.trainer, module)["retention"] == pytest.approx(best["retention"], abs=1e-6)
+    kept = {Path(each["file"]).name for each in stopping.archive}
+    assert {path.name for path in (tmp_path / "run" / "pareto").iterdir()} == kept
+
+
+def test_the_archive_holds_what_nothing_else_beats(files, model_folder, tmp_path):
+    stopping = RetentionStopping(0.0, patience=99)
+    points = [(0.0, 1.0), (0.5, 0.8), (0.4, 0.7), (0.5, 0.9), (0.6, 0.85), (0.6, 0.85)]
+
+    class Saving:
+        default_root_dir = tmp_path
+        is_global_zero = True
+
+        def save_checkpoint(self, path, weights_only):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("")
+
+    for step, (gain, kept) in enumerate(points):
+        stopping._archive(Saving(), {"step": step, "gain": gain, "retention": kept, "objective": gain + kept})
+    assert [each["step"] for each in stopping.archive] == [0, 3, 4]
+    assert sorted(path.name for path in (tmp_path / "pareto").iterdir()) == [
+        "step-0.ckpt",
+        "step-3.ckpt",
+        "step-4.ckpt",
+    ]
+    stopping.min_retention = 0.88
+    assert stopping.best()["step"] == 3
+    stopping.min_retention = 1.1
+    assert stopping.best()["step"] == 0
+
+
+# --------------------------------------------------------------------------------------- kill and resume
+
+
+def test_history_and_archive_survive_a_kill(files, model_folder, tmp_path, monkeypatch):
+    from lightning_sft import cli
+
+    domains = [{"name": "text", "text": files["texts"]}, {"name": "facts", "questions": files["questions"]}]
+    results = {}
+    for case in ("whole", "killed"):
+        folder = tmp_path / case
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        callbacks = [
+            {"class_path": "resume_run.Stop"},
+            {"class_path": "RetentionStopping", "init_args": {"min_retention": 0.0, "patience": 99}},
+            {"class_path": "ForgettingProbe", "init_args": {"domains": domains, "every_n_steps": 2}},
+        ]
+        config = write_config(
+            folder, model_folder("llama"), model={"adapter": "Full", "learning_rate": 1e-3},
+            trainer={"callbacks": callbacks},
+        )  # fmt: skip
+        for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "LIGHTNING_SFT_RUN_FOLDER", STOP):
+            monkeypatch.setenv(variable, "0")
+        monkeypatch.delenv("LIGHTNING_SFT_RUN_FOLDER")
+        if case == "killed":
+            monkeypatch.setenv(STOP, "batch_start:10")
+            with pytest.raises(Stopped):
+                cli.run(["fit", "--config", str(config)])
+            monkeypatch.setenv(STOP, "")
+            monkeypatch.delenv("LIGHTNING_SFT_RUN_FOLDER", raising=False)
+            cli.run(["fit", "--config", str(config), "--ckpt_path", "last"])
+        else:
+            cli.run(["fit", "--config", str(config)])
+        run = folder / "runs" / "my-1"
+        results[case] = (
+            json.loads((run / "forgetting.json").read_text())["history"],
+            sorted(path.name for path in (run / "pareto").iterdir()),
+            (run / "model" / "model.safetensors").read_bytes(),
+        )
+    assert [record["step"] for record in results["whole"][0]] == [0, 2, 4, 6, 8, 10]
+    assert results["killed"] == results["whole"]
+
+
+# --------------------------------------------------------------------------------------------- mistakes
+
+
+def test_a_text_that_is_trained_on_is_refused(files, model_folder, tmp_path):
+    same = rows(tmp_path / "same.jsonl", [{"text": "something else"}, {"text": TEXTS[0]}])
+    with pytest.raises(SFTError, match=r"is trained on .*same.jsonl, row 2") as caught:
+        train(model_folder("llama"), {**files, "train": same}, tmp_path / "run", probe(files))
+    assert "domain text" in caught.value.where
+    assert "row 1" in caught.value.where
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"domains": []}, "at least one"),
+        ({"domains": [("a", {"text": "x"}), ("a", {"text": "y"})]}, "name of its own"),
+        ({"domains": [("a", {"text": "x", "weight": 0.0})]}, "all weights are 0"),
+        ({"domains": [("a", {})]}, "either text, questions or an evaluator"),
+        ({"domains": [("a", {"text": "x", "questions": "y"})]}, "either text, questions or an evaluator"),
+        ({"domains": [("a", {"questions": "y", "prompt": "?"})]}, "no {question} in the prompt"),
+        ({"cost": 0.0}, "share above 0"),
+        ({"every_n_steps": -1}, "every_n_steps is -1"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, says):
+    def made() -> ForgettingProbe:
+        if "domains" in options:
+            return ForgettingProbe([Domain(name, **parts) for name, parts in options["domains"]])
+        return ForgettingProbe(**options)
+
+    with pytest.raises(SFTError, match=says):
+        made()
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"question": "a"}, "no question with choices"),
+        ({"question": "a", "choices": ["b", "c"], "answer": 2}, "answer is 2, and there are 2 choices"),
+        ({"question": "a", "choices": ["b", "c"], "answer": "c"}, "answer is 'c'"),
+    ],
+)
+def test_a_bad_question_is_named(row, says, files, model_folder, tmp_path):
+    bad = rows(tmp_path / "bad.jsonl", [QUESTIONS[0], row])
+    callback = ForgettingProbe([Domain("facts", questions=bad)], every_n_steps=0)
+    with pytest.raises(SFTError, match=says) as caught:
+        train(model_folder("llama"), files, tmp_path / "run", callback)
+    assert "domains: facts" in caught.value.where
+    assert "row 2" in caught.value.where
+
+
+def test_stopping_needs_a_probe(files, model_folder, tmp_path):
+    with pytest.raises(SFTError, match="no ForgettingProbe"):
+        train(model_folder("llama"), files, tmp_path / "run", RetentionStopping())
