@@ -28,6 +28,7 @@ _HOME = {
     "Meta": "lightning_sft.conversation",
     "PartWeight": "lightning_sft.conversation",
     "Predictions": "lightning_sft.evaluation.divergence",
+    "RateGroup": "lightning_sft.bases",
     "Record": "lightning_sft.evaluation.results",
     "RenderPolicies": "lightning_sft.rendering",
     "Renderer": "lightning_sft.rendering",
@@ -50,7 +51,7 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
-    from lightning_sft.bases import Adapter, DataFormat, Evaluator, Loss, TokenBatch
+    from lightning_sft.bases import Adapter, DataFormat, Evaluator, Loss, RateGroup, TokenBatch
     from lightning_sft.conversation import Conversation, Message, Meta, PartWeight, Row, Segments, ToolCall
     from lightning_sft.data.datamodule import SFTDataModule
     from lightning_sft.data.plan import BatchPlan
@@ -90,6 +91,7 @@ __all__ = [
     "Meta",
     "PartWeight",
     "Predictions",
+    "RateGroup",
     "Record",
     "RenderPolicies",
     "Renderer",

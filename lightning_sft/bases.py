@@ -6,11 +6,11 @@ A plug-in's typed `__init__` parameters with their docstrings are its options in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from lightning_sft.conversation import Conversation, Meta, Row, Segments
 from lightning_sft.errors import SFTError
@@ -69,14 +69,31 @@ class DataFormat(ABC):
         raise SFTError(f"rows can't be written in the format {type(self).__name__}, only read")
 
 
+@dataclass(frozen=True, slots=True)
+class RateGroup:
+    """Parameters that are trained at the same rate, from the same step on.
+
+    Args:
+        name: What the log calls it.
+        scale: Factor of `model.learning_rate`.
+        start: The optimizer step, from 0, from which they are trained.
+    """
+
+    name: str = "all"
+    scale: float = 1.0
+    start: int = 0
+
+
 class Adapter(ABC):
     """Decides which of the model's parameters are trained, and how they are exported."""
 
-    default_learning_rate: ClassVar[float] = 1e-5
+    default_learning_rate: float = 1e-5
     """The peak learning rate where the configuration gives none."""
 
     new_token_ids: Sequence[int] = ()
     """Rows of the input and the output embedding to train in any case (`model.new_tokens`); set before `prepare`."""
+    looks_at_rows: bool = False
+    """Whether `initialize` is to be called at the start of a run."""
 
     @abstractmethod
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -86,9 +103,28 @@ class Adapter(ABC):
     def export(self, model: PreTrainedModel, folder: Path) -> None:
         """Write what was trained to `folder`, as safetensors that transformers or peft load."""
 
+    def rate_group(self, name: str) -> RateGroup:
+        """The group of a trained parameter, by its name in the prepared model: by default one for all."""
+        return RateGroup()
+
     def quantization(self) -> object | None:
         """The transformers quantisation config to load the base with, or None."""
         return None
+
+    def initialize(
+        self, model: PreTrainedModel, batches: Iterable[Any], forward: Callable[[Any], None]
+    ) -> None:
+        """Set what begins with the training rows; called with `looks_at_rows`, if no checkpoint is gone on from.
+
+        Only values may change, no shapes, and on all ranks alike.
+
+        Args:
+            model: The prepared model, on its device, in evaluation mode.
+            batches: The rank's first micro-batches, as often as wanted. Their `attention_mask` is None where rows are
+                flattened.
+            forward: Computes a batch, for hooks in the model to see.
+        """
+        raise NotImplementedError
 
     @contextmanager
     def base_model(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:

@@ -199,7 +199,8 @@ class SFTCommand(LightningCLI):
     def _checked(self, trainer: Trainer) -> Trainer:
         """The trainer, if its strategy and precision go with the adapter."""
         asked = self._get(self.config_init, "trainer")["precision"]
-        strategies.check(trainer, self.model.adapter, None if asked is None else str(asked))
+        precision = None if asked is None else str(asked)
+        strategies.check(trainer, self.model.adapter, self.model.optimizer, precision)
         use_launcher(trainer)
         return trainer
 

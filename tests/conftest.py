@@ -44,6 +44,9 @@ def tiny_config(name: str, vocabulary: int):
     gemma = {"sliding_window": 8, "query_pre_attn_scalar": 8, "head_dim": 8}
     return {
         "llama": lambda: t.LlamaConfig(**common),
+        "wide": lambda: t.LlamaConfig(
+            **{**common, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
+        ),
         "qwen3": lambda: t.Qwen3Config(**common, head_dim=8),
         "gemma2": lambda: t.Gemma2Config(
             **common, **gemma, attn_logit_softcapping=0.5, final_logit_softcapping=0.5

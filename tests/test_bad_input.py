@@ -296,6 +296,21 @@ def layers_that_the_model_has_not(place: Place) -> list[str]:
     return place.fit("--model.adapter", "LoRA", "--model.adapter.target_modules", "no_such_layer")
 
 
+@says("model.adapter.layers (Freeze)", "layers is 99", "a number from 0 to 2")
+def more_layers_than_the_model_has(place: Place) -> list[str]:
+    return place.fit("--model.adapter", "Freeze", "--model.adapter.layers", "99")
+
+
+@says("model.adapter (Peft)", "neither config nor init_from is given", "peft.IA3Config")
+def an_adapter_of_no_kind(place: Place) -> list[str]:
+    return place.fit("--model.adapter", "Peft")
+
+
+@says("model.optimizer (SGD)", "lr would be set in two places", "model.learning_rate")
+def a_rate_in_two_places(place: Place) -> list[str]:
+    return place.fit("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.5")
+
+
 @says("trainer.callbacks", "'EarlyStoping'", "did you mean EarlyStopping?")
 def an_unknown_callback(place: Place) -> list[str]:
     return place.fit("--trainer.callbacks+=EarlyStoping")

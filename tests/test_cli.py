@@ -99,6 +99,25 @@ def test_a_printed_config_prints_the_same_again(here: Path, capsys: pytest.Captu
     assert print_config(capsys, "--config", "printed.yaml") == printed
 
 
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        (["--model.optimizer", "torch.optim.SGD", "--model.optimizer.momentum", "0.9"], "momentum: 0.9"),
+        (["--model.adapter", "Peft", "--model.adapter.config", "peft.VeraConfig", "--model.adapter.config.r", "7"],
+         "class_path: peft.VeraConfig"),
+        (["--model.adapter", "QLoRA", "--model.adapter.quant_type", "int8", "--model.adapter.r", "3"], "r: 3"),
+        (["--model.adapter", "Freeze", "--model.adapter.layer_decay", "0.9"], "layer_decay: 0.9"),
+    ],
+)  # fmt: skip
+def test_optimizers_and_adapters_by_class_path_print_and_parse_again(
+    here: Path, capsys: pytest.CaptureFixture[str], argv: list[str], found: str
+) -> None:
+    printed = print_config(capsys, "--config", "my.yaml", *argv)
+    assert found in printed
+    (here / "printed.yaml").write_text(printed)
+    assert print_config(capsys, "--config", "printed.yaml") == printed
+
+
 def test_a_second_config_goes_over_the_first(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "lora.yaml").write_text("model: {adapter: LoRA}\ndata: {batch_size: 2}\n")
     config = configured(capsys, "--config", "my.yaml", "--config", "lora.yaml")

@@ -133,11 +133,13 @@ def _positions(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
     """NLL, whether the target is likeliest, KL (each `[n]`), packed predictions `[n, 2K+1]`; some at a time."""
     layout = module.layout
-    states = hidden_states(module.loaded, batch, own_logits=layout.own_logits)
+    states = hidden_states(module.loaded, batch, own_logits=layout.own_logits, whole=layout.whole)
     base_states = None
     if against_base:
         with module.adapter.base_model(module.loaded):
-            base_states = hidden_states(module.loaded, batch, own_logits=layout.own_logits)
+            base_states = hidden_states(
+                module.loaded, batch, own_logits=layout.own_logits, whole=layout.whole
+            )
     tokens, log_p0, rest = (None, None, None)
     if reference is not None:
         tokens = torch.cat([each.tokens for each in reference]).long()

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lightning_sft.evaluation.encoding import Scored
 from lightning_sft.evaluation.sharing import Row, rows_of
-from lightning_sft.training.layout import apart, backbone, causal_lm, choose_head, tolerance
+from lightning_sft.training.head import Head
+from lightning_sft.training.layout import apart, backbone, causal_lm, choose_head, tolerance, works_around
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -68,10 +69,14 @@ class Forward:
         if window and getattr(config, "use_sliding_window", True) is False:
             window = None
         self.window: int | None = window or None
+        self.around = model if model is not self.inner and works_around(model, self.inner, row) else None
+        """The wrapper of an adapter that adds virtual tokens: its rows are computed whole, and share nothing."""
         self.head, self.own_logits = choose_head(self.inner, row, self.states(input_ids=row))
+        if self.around is not None:
+            self.head, self.own_logits = Head(nn.Identity()), True
         whole = self.has_positions and not getattr(config, "alibi", False)
         odd = kinds - {"full_attention", "sliding_attention"}
-        self.has_cache = "past_key_values" in known and not odd
+        self.has_cache = "past_key_values" in known and not odd and self.around is None
         self.shares = self.has_cache and whole and not (window and window < 16)
         self.shares = self.shares and self._trial_holds(branching=False)
         self.branches = self.shares and not window and self._trial_holds(branching=True)
@@ -84,6 +89,11 @@ class Forward:
     def states(self, **inputs: Any) -> Tensor:
         """The model's last hidden states `[B, T, H]`, or its logits `[B, T, V]`: what `head` takes."""
         inputs = {"use_cache": False} | inputs
+        if self.around is not None:
+            ids = inputs["input_ids"]
+            mask = torch.ones_like(ids)
+            logits: Tensor = self.around(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return logits[:, -ids.shape[1] :]
         out: Tensor = self.inner(**inputs).logits if self.own_logits else self.backbone(**inputs)[0]
         return out
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lightning_sft.errors import SFTError
+from lightning_sft.training import optimizers
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -61,6 +63,7 @@ def to_come(module: SFTModule, trainer: Trainer) -> Facts:
         "model.learning_rate": module.learning_rate,
         "model.weight_decay": module.weight_decay,
         "model.betas": str(tuple(module.betas)),
+        "model.optimizer": optimizers.facts(module.optimizer),
         "model.schedule": module.schedule,
         "model.warmup": module.warmup,
         "model.final_learning_rate": module.final_learning_rate,
@@ -132,8 +135,11 @@ def _digest(parameters: Mapping[str, nn.Parameter]) -> str:
 def _options(key: str, plugin: object) -> Facts:
     """The plug-in's class, and its options where it keeps them under their names."""
     facts: Facts = {key: f"{type(plugin).__module__}.{type(plugin).__qualname__}"}
-    for name in inspect.signature(type(plugin)).parameters:
+    made_by = [kind for kind in type(plugin).__mro__ if "__init__" in vars(kind) and kind is not object]
+    for name in {name: None for kind in made_by for name in inspect.signature(kind).parameters}:
         value = getattr(plugin, name, None)
+        if is_dataclass(value) and not isinstance(value, type):
+            value = {field.name: getattr(value, field.name) for field in fields(value)}
         if isinstance(value, str | int | float | bool | None):
             facts[f"{key}.{name}"] = value
         elif isinstance(value, list | tuple | dict):

@@ -28,6 +28,7 @@ from lightning_sft.errors import SFTError
 from lightning_sft.training.compiling import blocks_of
 from lightning_sft.training.layout import causal_lm
 from lightning_sft.training.models import load_checkpoint
+from lightning_sft.training.shards import local, whole
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -144,7 +145,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         for name, parameter in self.lightning_module.named_parameters():
             if name in checkpoint["state_dict"]:
                 part = _part_of(checkpoint["state_dict"][name], parameter)
-                local(parameter.detach()).copy_(local(part))
+                local(parameter).copy_(local(part))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this rank's part of the optimizer's state."""
@@ -217,16 +218,6 @@ def reshard(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank has of a sharded tensor; another tensor itself. They share memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together on all ranks, which have to take part; another one itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

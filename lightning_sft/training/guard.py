@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from lightning_sft.conversation import Meta
 from lightning_sft.errors import SFTError
 from lightning_sft.training import memory
-from lightning_sft.training.fsdp2 import whole
+from lightning_sft.training.shards import whole
 
 if TYPE_CHECKING:
     from lightning_sft.data.batch import Batch

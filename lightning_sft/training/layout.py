@@ -8,7 +8,7 @@ rows. A head that the configuration doesn't describe fully is replaced by the mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sft.data.batch import Batch, Collate, flatten, pad
+from lightning_sft.errors import SFTError
 from lightning_sft.training import attention
 from lightning_sft.training.head import Head, head_of
+from lightning_sft.training.shards import local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,12 +38,14 @@ class Layout:
         head: From what `hidden_states` returns to logits.
         own_logits: `hidden_states` returns the model's own logits, because its head isn't plain.
         padded_because: Why rows are padded; None where they are flattened.
+        whole: The adapter works around the model, not only inside it (virtual tokens), so the model goes with it.
     """
 
     collate: Collate
     head: Head
     own_logits: bool
     padded_because: str | None
+    whole: bool = False
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -59,13 +63,27 @@ def backbone(inner: PreTrainedModel) -> nn.Module:
 
 
 def hidden_states(
-    model: nn.Module, batch: Batch, *, own_logits: bool, router: RouterLoss | None = None
+    model: nn.Module, batch: Batch, *, own_logits: bool, whole: bool = False, router: RouterLoss | None = None
 ) -> Tensor:
     """The last hidden states `[n, H]` (or the logits `[n, V]`) at the batch's `n` positions.
 
     A `router` gets what the experts' routers gave on the way.
+
+    Raises:
+        SFTError: A router's loss is wanted of a row with virtual tokens.
     """
     inner = causal_lm(model)
+    if whole:
+        if router is not None:
+            raise SFTError(
+                "the routers' loss isn't known where the adapter adds virtual tokens",
+                where="model.router_aux_loss",
+                fix="set it to false, or use an adapter inside the model, such as LoRA",
+            )
+        logits: Tensor = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).logits
+        return logits[:, -batch.input_ids.shape[1] :].flatten(0, 1).index_select(0, batch.positions)
     inputs: dict[str, object] = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.segments is not None:
         inputs.update(
@@ -91,8 +109,17 @@ def find_layout(model: nn.Module, pad_id: int) -> Layout:
     if inner.config._attn_implementation == attention.NAME:  # from an earlier trial
         inner.set_attn_implementation(_stock(inner))
     lengths = _trial_lengths(inner)
-    with evaluating(model), torch.no_grad():
+    adapted = [] if model is inner else [p for p in model.parameters() if p.requires_grad]
+    with evaluating(model), torch.no_grad(), zeros_moved(adapted):
         rows = _trial_rows(inner, lengths)
+        if adapted and works_around(model, inner, rows[0]):
+            return Layout(
+                collate=partial(pad, pad_id=pad_id),
+                head=Head(nn.Identity()),
+                own_logits=True,
+                padded_because="the adapter works around the model, not only inside it",
+                whole=True,
+            )
         separate = [backbone(inner)(input_ids=row, use_cache=False)[0] for row in rows]
         head, own_logits = choose_head(inner, rows[0], separate[0])
         because = _flattened_fails(inner, rows, separate)
@@ -118,6 +145,35 @@ def _stock(inner: PreTrainedModel) -> str:
     return "sdpa" if inner._supports_sdpa else "eager"
 
 
+def works_around(model: nn.Module, inner: PreTrainedModel, row: Tensor) -> bool:
+    """Whether the model computes something else with its adapter's wrapper than without, on one row."""
+    try:
+        with_it = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits
+    except Exception as error:  # whatever an unusual adapter does
+        raise SFTError(
+            f"the adapter can't compute a row: {type(error).__name__}: {error}",
+            where="model.adapter",
+            fix="change its options, or use another one",
+        ) from error
+    own = inner(input_ids=row, use_cache=False).logits
+    return with_it.shape != own.shape or not apart(with_it, own) <= tolerance(own, inner)
+
+
+@contextmanager
+def zeros_moved(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Parameters that are zero throughout get small random values in here."""
+    zeros = [p for p in map(local, parameters) if not p.any()]
+    before = [p.clone() for p in zeros]  # zeros may have a sign
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for p in zeros:
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+        yield
+    finally:
+        for p, kept in zip(zeros, before, strict=True):
+            p.copy_(kept)
+
+
 def choose_head(inner: PreTrainedModel, row: Tensor, hidden: Tensor) -> tuple[Head, bool]:
     """The model's head, if it makes the model's own logits of the row's hidden states `[1, T, H]`.
 
@@ -127,7 +183,7 @@ def choose_head(inner: PreTrainedModel, row: Tensor, hidden: Tensor) -> tuple[He
     if isinstance(inner.get_output_embeddings(), nn.Module) and backbone(inner) is not inner:
         head = head_of(inner)
         ours, own = head(hidden[0]), inner(input_ids=row, use_cache=False).logits[0]
-        if ours.shape == own.shape and apart(ours, own) <= tolerance(own):
+        if ours.shape == own.shape and apart(ours, own) <= tolerance(own, inner):
             return head, False
     return Head(linear=nn.Identity()), True
 
@@ -163,11 +219,11 @@ def _flattened_differs(inner: PreTrainedModel, rows: list[Tensor], separate: lis
     if window and (not kinds or "sliding_attention" in kinds) and window not in attention.CallCounter.windows:
         return f"{inner.config.model_type} models don't tell the attention function their sliding window"
     expected = torch.cat(separate, dim=1)
-    if not (by := apart(packed, expected)) <= tolerance(expected):  # NaN is not equal either
+    if not (by := apart(packed, expected)) <= tolerance(expected, inner):  # NaN is not equal either
         return f"flattened and separate rows differ by {by:.1e}, relative"
     first = rows[0].shape[1]
     other = _packed(inner, [_trial_rows(inner, [first], seed=1)[0], *rows[1:]])
-    if not (moved := apart(other[:, first:], packed[:, first:])) <= tolerance(expected) / 10:
+    if not (moved := apart(other[:, first:], packed[:, first:])) <= tolerance(expected, inner) / 10:
         return f"a change in one segment moves another by {moved:.1e}, relative"
     return None
 
@@ -206,9 +262,17 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
 
 
-def tolerance(like: Tensor) -> float:
-    """A few hundred roundings: 2e-5 in float32, 0.06 in bfloat16."""
-    return min(0.06, 200 * torch.finfo(like.dtype).eps)
+def tolerance(like: Tensor, inner: nn.Module | None = None) -> float:
+    """A few hundred roundings: 2e-5 in float32, 0.06 in bfloat16.
+
+    Layers of 4 bits of the model `inner` round to the type that they compute in, those of 8 bits much as bfloat16 does.
+    """
+    dtype = like.dtype
+    if getattr(inner, "is_quantized", False):
+        config = cast("PreTrainedModel", inner).config.quantization_config
+        dtype = getattr(config, "bnb_4bit_compute_dtype", None) or torch.bfloat16
+        dtype = torch.bfloat16 if getattr(inner, "is_loaded_in_8bit", False) else dtype
+    return max(min(0.06, 200 * torch.finfo(d).eps) for d in (like.dtype, dtype))
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_sft.errors import SFTError
-from lightning_sft.training.fsdp2 import local
+from lightning_sft.training import optimizers
 from lightning_sft.training.head import CHUNK
 from lightning_sft.training.layout import causal_lm
+from lightning_sft.training.shards import local
 
 if TYPE_CHECKING:
     from lightning_sft.data.batch import Batch
@@ -34,6 +35,13 @@ def checkpoint_layers(model: nn.Module) -> None:
         SFTError: The model can't.
     """
     inner = causal_lm(model)
+    kinds = {config.peft_type.value for config in getattr(model, "peft_config", {}).values()}
+    if kinds & {"PREFIX_TUNING", "CARTRIDGE"}:
+        raise SFTError(
+            "a layer whose activations are recomputed forgets the keys and values that this adapter trains",
+            where="model.gradient_checkpointing",
+            fix="leave it out, or use another adapter",
+        )
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False})
@@ -79,7 +87,7 @@ def refuse_too_much(module: SFTModule, batch: Batch) -> None:
     machine, needed = psutil.virtual_memory(), sum(estimate(module, batch).values())
     if needed > machine.total:
         raise _too_little(module, batch, f"{_gib(machine.total)} GiB of memory are too little")
-    loaded = sum(local(p.detach()).numel() * p.element_size() for p in module.loaded.parameters())
+    loaded = sum(local(p).numel() * p.element_size() for p in module.loaded.parameters())
     if needed - loaded > machine.available:
         rank_zero_warn(
             f"{in_words(batch)} needs about {_gib(needed - loaded)} GiB, {_gib(machine.available)} GiB are available: "
@@ -102,11 +110,10 @@ def estimate(module: SFTModule, batch: Batch | None) -> dict[str, float]:
     Per token a layer keeps about 8 H + 4 I values, with H the hidden and I the feed-forward size: inputs of the
     norms, queries, keys, values, attention, and of a gated feed-forward network. For I = 8/3 H at 16 bits that is
     37 H bytes, and Korthikanti et al. (2022) count 34 H without the attention matrix. Recomputing keeps H
-    values a layer and the whole of one layer. AdamW has two averages of each parameter that is trained.
+    values a layer and the whole of one layer. AdamW keeps two averages of each parameter that is trained.
     """
-    parameters = [
-        (local(p.detach()).numel(), p.element_size(), p.requires_grad) for p in module.loaded.parameters()
-    ]
+    parameters = [(local(p).numel(), p.element_size(), p.requires_grad) for p in module.loaded.parameters()]
+    state = optimizers.state_bytes(module)
     config = module.base_config.get_text_config()
     hidden = getattr(config, "hidden_size", 0)
     layers = getattr(config, "num_hidden_layers", 0)
@@ -121,7 +128,7 @@ def estimate(module: SFTModule, batch: Batch | None) -> dict[str, float]:
     rows = min(CHUNK, len(batch.targets)) if batch is not None else 0
     return {
         "the weights": sum(n * each for n, each, _ in parameters),
-        "gradients and AdamW": sum(3 * n * each for n, each, trains in parameters if trains),
+        "gradients and the optimizer": sum(n * (each + state) for n, each, trains in parameters if trains),
         "activations": tokens * kept * size,
         "logits": 3 * 4 * rows * module.vocabulary,
     }

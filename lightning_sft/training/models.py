@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import zipfile
@@ -90,17 +91,27 @@ def load_model(
             quantization_config=quantization,
             trust_remote_code=trust_remote_code,
         )
+    for module in model.modules():
+        # In evaluation bitsandbytes would repack 4-bit weights for such CPUs, round their scales, and train on with
+        # these: one validation, and the base is another.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.train()
 
 
 def load_trained(
-    folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    whole_base: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """What a run exported, or any model folder: an adapter on its base, or a whole model; in eval mode.
 
     Args:
         folder: A folder with `adapter_config.json` (peft) or `config.json` (transformers).
         dtype: Type of the loaded weights; None: as they are stored.
+        whole_base: Quantise the base as in training, and then make ordinary weights of what is left of it.
         trust_remote_code: Run model code that comes with the model.
 
     Raises:
@@ -108,10 +119,6 @@ def load_trained(
     """
     if not is_adapter(folder):
         return load_model(str(folder), dtype=dtype, trust_remote_code=trust_remote_code, key="source").eval()
-    from peft import PeftModel
-
-    from lightning_sft.training.new_tokens import grow_for_adapter
-
     if not any(folder.glob("adapter_model.*")):
         raise SFTError(
             "the adapter has no weights (no adapter_model.safetensors)",
@@ -119,12 +126,56 @@ def load_trained(
             fix=_DAMAGED,
         )
     base, revision = base_of(folder)
+    quantization = quantization_of(folder)
     model = load_model(
-        base, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, key=f"the base of {folder}"
+        base,
+        dtype=dtype,
+        revision=revision,
+        quantization=quantization,
+        trust_remote_code=trust_remote_code,
+        key=f"the base of {folder}",
     )
+    return put_on(model.dequantize() if whole_base and quantization is not None else model, folder)
+
+
+def put_on(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with a saved adapter, and those in the folders below it, at work; in eval mode.
+
+    Raises:
+        SFTError: One can't be loaded.
+    """
+    from peft import PeftModel
+
+    from lightning_sft.training.new_tokens import grow_for_adapter
+
     with _loading("adapter", str(folder), "source"):
         grow_for_adapter(model, folder)
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        if beside := [place for place in sorted(folder.iterdir()) if is_adapter(place)]:
+            for place in beside:
+                adapted.load_adapter(str(place), adapter_name=place.name)
+            adapted.base_model.set_adapter([adapted.active_adapter, *(place.name for place in beside)])
+        return adapted.eval()
+
+
+def save_quantization(quantization: Any, folder: Path) -> None:
+    """Note beside an adapter how the base was quantised under it: it belongs to what was trained."""
+    (folder / _QUANTIZATION).write_text(json.dumps(quantization.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def quantization_of(folder: Path) -> object | None:
+    """How the base of an adapter was quantised when it was trained, or None.
+
+    Raises:
+        SFTError: It can't be read, or what it needs isn't installed.
+    """
+    path = folder / _QUANTIZATION
+    if not path.is_file():
+        return None
+    from transformers.quantizers import AutoQuantizationConfig
+
+    with _loading("quantisation", str(folder), "source"):
+        return AutoQuantizationConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
@@ -174,6 +225,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
+_QUANTIZATION = "quantization_config.json"
 ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
 
 
@@ -236,7 +288,8 @@ def _loading(what: str, name: str, key: str) -> Iterator[None]:
             fix = "use a smaller or quantized model, or free the device"
             raise SFTError(f"the {what} can't be loaded: {first_line}", where=where, fix=fix) from error
         if local:
-            raise SFTError(f"the {what} can't be loaded: {first_line}", where=where, fix=_DAMAGED) from error
+            fix = "install it" if isinstance(error, ImportError) else _DAMAGED
+            raise SFTError(f"the {what} can't be loaded: {first_line}", where=where, fix=fix) from error
         if any(isinstance(link, GatedRepoError) for link in chain):
             problem, fix = (
                 "the repository is gated",

@@ -9,22 +9,24 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_sft import assets, plugins
 from lightning_sft.bases import Adapter, Loss
 from lightning_sft.errors import SFTError
 from lightning_sft.rendering import RenderPolicies
+from lightning_sft.training import optimizers, strategies
 from lightning_sft.training import schedule as schedules
-from lightning_sft.training import strategies
 from lightning_sft.training.compiling import compile_blocks
 from lightning_sft.training.fingerprint import frozen_digest
 from lightning_sft.training.fsdp2 import as_forward, shard, whole_parameters
 from lightning_sft.training.guard import GuardedModule, OnBadLoss, Watch, refuse_bad_weights
 from lightning_sft.training.head import NLL, weighted_loss
+from lightning_sft.training.initial import initialize
 from lightning_sft.training.layout import Layout, causal_lm, find_layout, hidden_states, stock_attention
 from lightning_sft.training.memory import checkpoint_layers, explained
 from lightning_sft.training.metrics import TokenLoss, TokenPerplexity
-from lightning_sft.training.models import absolute, load_model
+from lightning_sft.training.models import absolute, load_model, save_quantization
 from lightning_sft.training.new_tokens import check_trained, grow
 from lightning_sft.training.preflight import check_trainer, preflight
 from lightning_sft.training.resuming import Resumable
@@ -33,7 +35,7 @@ from lightning_sft.training.throughput import Throughput, is_logged, log_step, p
 from lightning_sft.training.without_weights import WithoutWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
     from transformers import PreTrainedModel
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from lightning_sft.data.batch import Batch
     from lightning_sft.data.datamodule import SFTDataModule
 
+_BETAS = (0.9, 0.999)
 _EVERY_TURN = RenderPolicies()
 _PRECISION_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -74,8 +77,9 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         on_bad_loss: What follows a loss or gradient that is NaN or infinite: `stop`, or go on without the step
             (`skip`). It is never applied.
         learning_rate: Peak learning rate; by default the adapter's (LoRA 2e-4, Full 1e-5).
-        weight_decay: AdamW's decay of weight matrices; norms and biases are not decayed.
+        weight_decay: Decay of weight matrices; norms and biases are not decayed.
         betas: AdamW's coefficients of the running averages.
+        optimizer: Another optimizer than AdamW: its class, and its options but for rate and decay, which are these.
         schedule: Course of the learning rate after warmup.
         warmup: Warmup as a fraction of all steps (0.03) or a number of steps (100).
         final_learning_rate: Where `cosine` and `linear` end, as a fraction of the peak.
@@ -101,7 +105,8 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         on_bad_loss: OnBadLoss = "stop",
         learning_rate: float | None = None,
         weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] = _BETAS,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         schedule: schedules.Schedule = "cosine",
         warmup: float = 0.03,
         final_learning_rate: float = 0.0,
@@ -127,6 +132,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         self.learning_rate = self.adapter.default_learning_rate if learning_rate is None else learning_rate
         self.weight_decay = weight_decay
         self.betas = betas
+        self.optimizer = optimizer
         self.schedule: schedules.Schedule = schedule
         self.warmup = warmup
         self.final_learning_rate = final_learning_rate
@@ -182,7 +188,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         if self.model is not None:
             return
         if self._trainer is not None:
-            strategies.check(self.trainer, self.adapter)
+            strategies.check(self.trainer, self.adapter, self.optimizer)
         model = load_model(
             self.base,
             dtype=self.weights_dtype(),
@@ -250,6 +256,8 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         self.tokenizer.chat_template = self.renderer.chat_template
         with stock_attention(self.loaded):
             self.adapter.export(self.loaded, folder)
+        if (quantization := self.adapter.quantization()) is not None:
+            save_quantization(quantization, folder)
         generation.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -263,6 +271,8 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         """
         super().on_fit_start()
         check_trainer(self.trainer)
+        if self.trainer.ckpt_path is None:
+            initialize(self)
         if self.preflight:
             preflight(self)
         self.throughput.meter(self.loaded, peak_flops(self.device))
@@ -274,7 +284,9 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         layout = self.layout
 
         def compute() -> Tensor:
-            hidden = hidden_states(self.loaded, batch, own_logits=layout.own_logits, router=router)
+            hidden = hidden_states(
+                self.loaded, batch, own_logits=layout.own_logits, whole=layout.whole, router=router
+            )
             return weighted_loss(hidden, batch.targets, batch.weights, layout.head, loss)
 
         with explained(self):
@@ -341,39 +353,13 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
     # --------------------------------------------------------------------------------------- optimizer
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over what is trained, with the schedule stepped after every optimizer step."""
-        total_steps = self.total_steps()
-        warmup = schedules.warmup_steps(self.warmup, total_steps)
-        epochs = self.trainer.max_epochs
-        ends = self.trainer.max_steps >= 0 or (epochs is not None and epochs >= 0)
-        if not ends and self.schedule != "constant":
-            raise SFTError(
-                f"the {self.schedule} schedule needs to know how many steps the run has",
-                where="trainer",
-                fix="set trainer.max_epochs or trainer.max_steps, or model.schedule: constant",
-            )
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=self.learning_rate,
-            betas=self.betas,
-            fused={p.device.type for p in trained} in ({"cpu"}, {"cuda"}) or None,
-        )
-        # A fused AdamW could unscale gradients itself; Lightning would refuse to clip them, even in bfloat16.
-        optimizer._step_supports_amp_scaling = False
-        shape = partial(
-            schedules.factor,
-            schedule=self.schedule,
-            total_steps=total_steps,
-            warmup=warmup,
-            final=self.final_learning_rate,
-        )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        """The optimizer over what is trained, with the schedule stepped after every optimizer step."""
+        return optimizers.configure(self)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leave out what isn't trained yet, and bad numbers."""
+        optimizers.hold_back(optimizer, self.trainer.global_step)
+        super().on_before_optimizer_step(optimizer)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; 0 if the trainer sets no end."""
@@ -394,3 +380,5 @@ def _check_options(module: SFTModule) -> None:
             raise SFTError(f"{option} is {value}", where=f"model.{option}", fix="give a number of 0 or more")
     if not all(0 <= beta < 1 for beta in module.betas):
         raise SFTError(f"betas are {module.betas}", where="model.betas", fix="give numbers from 0 to below 1")
+    if module.optimizer is not None:
+        optimizers.check(module.optimizer, betas_given=tuple(module.betas) != _BETAS)

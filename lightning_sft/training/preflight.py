@@ -2,8 +2,8 @@
 
 - Flattened rows compute what separate rows compute; else rows are padded (`find_layout`).
 - The heaviest micro-batch of the run fits into memory: on a GPU it is tried, forward and backward, with room for
-  AdamW's averages. A CPU's system would kill the process, not say no, so there an estimate is compared with what is
-  available, and one row of it is tried.
+  the optimizer's state. A CPU's system would kill the process, not say no, so there an estimate is compared with
+  what is available, and one row of it is tried.
 - Its loss is a number, and a finite gradient reaches every parameter that is trained.
 - A checkpoint that is written and read gives the same loss.
 
@@ -30,11 +30,12 @@ from torch import Tensor, nn
 
 from lightning_sft import plugins
 from lightning_sft.errors import SFTError
-from lightning_sft.training import memory
-from lightning_sft.training.fsdp2 import is_sharded, local
+from lightning_sft.training import memory, optimizers
+from lightning_sft.training.fsdp2 import is_sharded
 from lightning_sft.training.head import NLL
-from lightning_sft.training.layout import evaluating
+from lightning_sft.training.layout import evaluating, zeros_moved
 from lightning_sft.training.models import load_checkpoint
+from lightning_sft.training.shards import local
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -153,7 +154,11 @@ def _check_gradients(
     """
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     with memory.explained(module):
-        room = [torch.empty_like(p) for p in trained.values() for _ in range(2)]  # AdamW's averages
+        each = optimizers.state_bytes(module)  # AdamW's averages, or what another optimizer keeps
+        room = [
+            torch.empty(int(each * p.numel()), dtype=torch.uint8, device=p.device)
+            for p in map(local, trained.values())
+        ]
         loss, gradients = _gradients(module, batch, trained)
         del room
     found = _judge(module, gradients)
@@ -167,7 +172,7 @@ def _check_gradients(
     unreached = [name for name in trained if name not in found]
     still = [name for name, (_, moves) in found.items() if not moves]
     if still:
-        with _zeros_moved(trained):
+        with zeros_moved(trained.values()):
             second = _judge(module, _gradients(module, small, {name: trained[name] for name in still})[1])
         still = [name for name in still if not second.get(name, (True, False))[1]]
     if len(unreached) + len(still) == len(trained):
@@ -259,26 +264,6 @@ def _refuse_unreached(module: SFTModule, unreached: list[str]) -> None:
 
 
 @contextmanager
-def _zeros_moved(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Parameters that are zero throughout get small random values in here."""
-    zeros = [p for p in map(_values, parameters.values()) if not p.any()]
-    before = [p.clone() for p in zeros]  # zeros may have a sign
-    generator = torch.Generator().manual_seed(0)
-    try:
-        for p in zeros:
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
-        yield
-    finally:
-        for p, kept in zip(zeros, before, strict=True):
-            p.copy_(kept)
-
-
-def _values(parameter: nn.Parameter) -> Tensor:
-    """What this rank has of a parameter, without its history."""
-    return local(parameter.detach())
-
-
-@contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
     """Buffers that a forward pass replaces or changes (running statistics, grown RoPE tables) are put back."""
     kept = [
@@ -324,17 +309,17 @@ def _check_checkpoint(module: SFTModule, batch: Batch) -> bool:
 
 
 def _compare(module: SFTModule, batch: Batch, trained: dict[str, nn.Parameter], path: Path) -> None:
-    before = {name: _values(p).clone() for name, p in trained.items()}
+    before = {name: local(p).clone() for name, p in trained.items()}
     expected = _evaluate(module, batch)
     try:
         for p in trained.values():
-            _values(p).fill_(0.01)
+            local(p).fill_(0.01)
         module.trainer.strategy.load_model_state_dict(load_checkpoint(path), strict=False)
         loss = _evaluate(module, batch)
-        lost = [name for name, p in trained.items() if not torch.equal(_values(p), before[name])]
+        lost = [name for name, p in trained.items() if not torch.equal(local(p), before[name])]
     finally:
         for name, p in trained.items():
-            _values(p).copy_(before[name])
+            local(p).copy_(before[name])
     if lost or not (loss == expected or math.isclose(loss, expected, rel_tol=1e-5) or math.isnan(expected)):
         raise SFTError(
             f"a checkpoint does not bring back what was saved: the loss is {loss:.6g}, not {expected:.6g}"

@@ -13,13 +13,21 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_sft import plugins
 from lightning_sft.errors import SFTError
 from lightning_sft.training.fsdp2 import FSDP2Strategy
+from lightning_sft.training.optimizers import described
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from lightning_sft.bases import Adapter
+    from lightning_sft.training.optimizers import OptimizerFactory
 
 _WHERE, _PRECISION = "trainer.strategy", "trainer.precision"
+
+_ELEMENTWISE = (
+    *(torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax),
+    *(torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta),
+)
+"""Optimizers whose step of a value depends on that value's gradients alone."""
 
 _REFUSED = {
     "fsdp": (
@@ -54,12 +62,18 @@ def check_name(name: str) -> None:
             raise _refused(name.rpartition(".")[2], reason, f"use {nearest}")
 
 
-def check(trainer: Trainer, adapter: Adapter, precision: str | None = None) -> None:
+def check(
+    trainer: Trainer,
+    adapter: Adapter,
+    optimizer: OptimizerFactory | None = None,
+    precision: str | None = None,
+) -> None:
     """Refuse what can't work together.
 
     Args:
         trainer: The trainer, as Lightning has made it.
         adapter: The adapter.
+        optimizer: What makes the optimizer; None: AdamW.
         precision: The precision that was asked for; Lightning changes some by itself.
 
     Raises:
@@ -77,7 +91,7 @@ def check(trainer: Trainer, adapter: Adapter, precision: str | None = None) -> N
     if strategy.root_device.type == "cuda" and str(trainer.precision).startswith("bf16"):
         _check_bfloat16(strategy.root_device)
     if isinstance(strategy, FSDP2Strategy):
-        _check_sharded(trainer, adapter)
+        _check_sharded(trainer, adapter, optimizer)
 
 
 def _check_bfloat16(device: torch.device) -> None:
@@ -88,7 +102,7 @@ def _check_bfloat16(device: torch.device) -> None:
         raise SFTError(f"{name} has no bfloat16", where=_PRECISION, fix="use 16-mixed, or 32-true")
 
 
-def _check_sharded(trainer: Trainer, adapter: Adapter) -> None:
+def _check_sharded(trainer: Trainer, adapter: Adapter, optimizer: OptimizerFactory | None) -> None:
     if trainer.precision == "16-mixed":
         raise _refused(
             "fsdp2",
@@ -100,6 +114,20 @@ def _check_sharded(trainer: Trainer, adapter: Adapter) -> None:
             "fsdp2",
             f"the {plugins.describe(adapter)} loads a quantized base, whose scales would be left out of the shards",
             "use ddp, or an adapter that doesn't quantize",
+        )
+    if adapter.looks_at_rows:
+        raise _refused(
+            "fsdp2",
+            f"the {plugins.describe(adapter)} begins with a look at the training rows, which needs whole weights",
+            "use ddp, or another init of the adapter",
+        )
+    kind = None if optimizer is None else described(optimizer)[0]
+    if optimizer is not None and (kind is None or kind not in _ELEMENTWISE):
+        raise _refused(
+            "fsdp2",
+            f"{getattr(kind, '__name__', 'the optimizer')} may look at a matrix as a whole, of which each process has "
+            "a part",
+            "use ddp, or torch's AdamW (without model.optimizer)",
         )
 
 

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_sft.training import optimizers
+from lightning_sft.training.layout import causal_lm
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor
@@ -133,7 +136,7 @@ class Throughput:
             getattr(config, name, None)
             for name in ("num_experts_per_tok", "num_local_experts", "num_experts")
         )
-        packed = any(not parameter.is_floating_point() for parameter in model.parameters())
+        packed = bool(getattr(causal_lm(model), "is_quantized", False))
         if peak is not None and not experts and not packed:
             self.flops, self.peak = Flops.of(model), peak
 
@@ -155,5 +158,5 @@ def log_step(module: SFTModule, loss: Tensor) -> None:
         module.log("train/router_aux_loss", module.router.mean(), sync_dist=world > 1, batch_size=1)
     for name, value in module.throughput.take(world).items():
         module.log(f"train/{name}", value, prog_bar=bar and name == "tokens_per_second", batch_size=1)
-    rate = module.trainer.optimizers[0].param_groups[0]["lr"]
-    module.log("train/learning_rate", rate, batch_size=1)
+    for name, rate in optimizers.rates(module.trainer.optimizers[0], module.trainer.global_step).items():
+        module.log(f"train/{name}", rate, batch_size=1)

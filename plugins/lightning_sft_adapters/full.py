@@ -5,18 +5,38 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_sft import Adapter
+from lightning_sft import Adapter, RateGroup
+from lightning_sft_adapters.depth import check_rates, rate_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class Full(Adapter):
-    """Trains every parameter of the model."""
+    """Trains every parameter of the model.
+
+    Args:
+        layer_decay: Factor of the learning rate from one block to the one below it (Howard & Ruder, 2018), such as
+            0.9; the same rate for all by default.
+        unfreeze_every: Gradual unfreezing (ibid.): begin with head and final norm, and add one block, from the top
+            down, every so many optimizer steps.
+    """
+
+    def __init__(self, layer_decay: float | None = None, unfreeze_every: int | None = None) -> None:
+        check_rates(layer_decay, unfreeze_every)
+        self.layer_decay = layer_decay
+        self.unfreeze_every = unfreeze_every
+        self._groups: dict[str, RateGroup] = {}
 
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model itself, with all parameters trained."""
-        return model.requires_grad_(True)
+        model.requires_grad_(True)
+        self._groups = rate_groups(model, self.layer_decay, self.unfreeze_every)
+        return model
+
+    def rate_group(self, name: str) -> RateGroup:
+        """By depth, if rates or starts differ."""
+        return self._groups.get(name, RateGroup())
 
     def export(self, model: PreTrainedModel, folder: Path) -> None:
         """Write the model, as `AutoModelForCausalLM.from_pretrained` loads it."""

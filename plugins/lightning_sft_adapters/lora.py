@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_sft import Adapter, SFTError
+from lightning_sft import RateGroup, SFTError
+from lightning_sft_adapters.peft_adapter import PeftAdapter
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import Tensor
     from transformers import PreTrainedModel
 
+_INITS: dict[str, Any] = {"default": True, "pissa_fast": "pissa_niter_16"}
+_MOVES_BASE = ("olora", "pissa", "pissa_fast")
 
-class LoRA(Adapter):
+
+class LoRA(PeftAdapter):
     """Trains low-rank updates of linear layers and leaves the base as it is (Hu et al., 2021), through peft.
 
     The embeddings' rows of new tokens (`model.new_tokens`) are trained in full.
@@ -24,9 +31,25 @@ class LoRA(Adapter):
         dropout: Probability of dropping an adapter's input.
         target_modules: Names (or one regular expression) of the layers to adapt; `all-linear` is every linear
             layer except the output embedding.
+        exclude_modules: Names (or one regular expression) of layers that get no adapter all the same.
+        target_parameters: Names of parameters to adapt that are no layer's weight, as experts of mixtures often are.
+        layers: Numbers of the blocks to adapt; all by default.
+        layers_pattern: Name of the list that the blocks are in, where peft can't find it.
+        rank_pattern: Other ranks, by layer names or regular expressions.
+        alpha_pattern: Other alphas, by layer names or regular expressions.
+        bias: Biases to train besides: those of adapted layers, all, or none.
+        lora_bias: Give B a bias.
         modules_to_save: Layers to train in full beside the adapters.
+        trainable_tokens: Ids of tokens whose embedding rows are trained besides; or lists of them by embedding layer.
         rslora: Rank-stabilised scaling (Kalajdzievski, 2023).
         dora: Weight-decomposed updates (Liu et al., 2024).
+        init: How A and B begin. `default` leaves the model's function as it is with B = 0; `gaussian` and
+            `orthogonal` are other noise; `olora` (Büyükakyüz, 2024) and `pissa` (Meng et al., 2024; `pissa_fast` with
+            an approximate decomposition) take the main part out of the weights and train it; `eva` (Paischer et
+            al., 2024) takes A from the activations on the training rows.
+        loraplus_ratio: LoRA+ (Hayou et al., 2024): learning rate of B over that of A, such as 16.
+        init_from: A saved adapter with the same options, to start from.
+        beside: Saved LoRA adapters by name, which stay frozen and work together with the one in training.
     """
 
     default_learning_rate = 2e-4
@@ -37,17 +60,80 @@ class LoRA(Adapter):
         alpha: float = 32,
         dropout: float = 0.0,
         target_modules: str | list[str] = "all-linear",
+        exclude_modules: str | list[str] | None = None,
+        target_parameters: list[str] | None = None,
+        layers: list[int] | None = None,
+        layers_pattern: str | None = None,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
+        bias: Literal["none", "all", "lora_only"] = "none",
+        lora_bias: bool = False,
         modules_to_save: list[str] | None = None,
+        trainable_tokens: list[int] | dict[str, list[int]] | None = None,
         rslora: bool = False,
         dora: bool = False,
+        init: Literal["default", "gaussian", "orthogonal", "olora", "pissa", "pissa_fast", "eva"] = "default",
+        loraplus_ratio: float = 1.0,
+        init_from: str | None = None,
+        beside: dict[str, str] | None = None,
     ) -> None:
         self.r = r
         self.alpha = alpha
         self.dropout = dropout
         self.target_modules = target_modules
+        self.exclude_modules = exclude_modules
+        self.target_parameters = target_parameters
+        self.layers = layers
+        self.layers_pattern = layers_pattern
+        self.rank_pattern = rank_pattern
+        self.alpha_pattern = alpha_pattern
+        self.bias = bias
+        self.lora_bias = lora_bias
         self.modules_to_save = modules_to_save
+        self.trainable_tokens = trainable_tokens
         self.rslora = rslora
         self.dora = dora
+        self.init = init
+        self.loraplus_ratio = loraplus_ratio
+        self.init_from = init_from
+        self.beside = beside
+        self.looks_at_rows = init == "eva"
+        self._initial: dict[str, Tensor] = {}
+        self._fast: set[str] = set()
+        self._check()
+
+    def config(self, model: PreTrainedModel) -> PeftConfig:
+        """The configuration that peft makes of these options."""
+        from peft import EvaConfig, LoraConfig
+
+        targets = self.target_modules
+        if self.layers is not None and targets == "all-linear":
+            targets = _linear_layers(model)  # peft takes `layers` with a list of names only
+        optional: dict[str, Any] = {
+            "target_parameters": self.target_parameters,
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+        }
+        if self.init == "eva":
+            optional["eva_config"] = EvaConfig(rho=1.0)  # the rank stays, so that checkpoints fit
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=targets,
+            exclude_modules=self.exclude_modules,
+            layers_to_transform=self.layers,
+            layers_pattern=self.layers_pattern,
+            bias=self.bias,
+            lora_bias=self.lora_bias,
+            modules_to_save=self.modules_to_save,
+            trainable_token_indices=self._token_rows(model),
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+            init_lora_weights=_INITS.get(self.init, self.init),
+            **{name: value for name, value in optional.items() if value is not None},
+        )
 
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model with adapters in its linear layers; only they are trained.
@@ -55,25 +141,66 @@ class LoRA(Adapter):
         Raises:
             SFTError: The options don't fit each other or the model.
         """
-        from peft import LoraConfig, get_peft_model
+        import torch
 
-        try:
-            config = LoraConfig(
-                task_type="CAUSAL_LM",
-                r=self.r,
-                lora_alpha=self.alpha,
-                lora_dropout=self.dropout,
-                target_modules=self.target_modules,
-                modules_to_save=self.modules_to_save,
-                use_rslora=self.rslora,
-                use_dora=self.dora,
-                trainable_token_indices=self._new_rows(model),
-            )
-            return get_peft_model(model, config)
-        except (ValueError, TypeError) as error:
+        if self.init in _MOVES_BASE and getattr(model, "is_quantized", False):
             raise SFTError(
-                str(error), where="model.adapter (LoRA)", fix="change the adapter's options"
-            ) from error
+                f"init {self.init} takes a part out of the base's weights, which are quantised",
+                where=f"model.adapter.init ({type(self).__name__})",
+                fix="use init: default or eva",
+            )
+        with torch.random.fork_rng(devices=[], enabled=self.init == "pissa_fast"):
+            if (
+                self.init == "pissa_fast"
+            ):  # which draws: the base must be the same again on resuming and export
+                torch.manual_seed(0)
+            adapted = super().prepare(model)
+        trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+        if self.init in _MOVES_BASE:
+            self._initial = {name: p.detach().cpu().clone() for name, p in trained.items()}
+        # as peft's create_loraplus_optimizer has it
+        self._fast = {name for name, p in trained.items() if "lora_B" in name or p.ndim == 1}
+        return adapted
+
+    def initialize(
+        self, model: PreTrainedModel, batches: Iterable[Any], forward: Callable[[Any], None]
+    ) -> None:
+        """Take A from the activations (EVA): their first right singular vectors. All ranks see those of all."""
+        from peft import initialize_lora_eva_weights
+
+        def mask(batch: Any, config: object) -> Tensor | None:
+            return None if batch.attention_mask is None else batch.attention_mask.bool()
+
+        def seen(given: Any, mask: Tensor | None, name: str) -> Tensor:
+            states: Tensor = given[0] if isinstance(given, tuple) else given
+            return states.flatten(0, -2) if mask is None else states[mask]
+
+        with self.refusing():
+            initialize_lora_eva_weights(
+                model,
+                dataloader=batches,
+                forward_fn=lambda _, batch: forward(batch),
+                prepare_model_inputs_fn=mask,
+                prepare_layer_inputs_fn=seen,
+                show_progress_bar=False,
+            )
+
+    def rate_group(self, name: str) -> RateGroup:
+        """B by itself, where it has a rate of its own."""
+        if self.loraplus_ratio == 1:
+            return RateGroup()
+        return RateGroup("B", scale=self.loraplus_ratio) if name in self._fast else RateGroup("A")
+
+    def _token_rows(self, model: PreTrainedModel) -> list[int] | dict[str, list[int]] | None:
+        """The rows to train, those of new tokens among them."""
+        given, rows = self.trainable_tokens, self._new_rows(model)
+        if rows is None or not given:
+            return rows or given
+        more = given if isinstance(given, dict) else {next(iter(rows)): given}
+        for name, ids in more.items():
+            key = next((known for known in rows if known.endswith(name)), name)
+            rows[key] = sorted({*rows.get(key, []), *ids})
+        return rows
 
     def _new_rows(self, model: PreTrainedModel) -> dict[str, list[int]] | None:
         """The rows of new tokens, by the name of each embedding that isn't trained in full; of tied ones the first.
@@ -91,18 +218,92 @@ class LoRA(Adapter):
         if rows and getattr(head, "bias", None) is not None:
             raise SFTError(
                 "the rows of new tokens can't be trained beside an output embedding with a bias",
-                where="model.adapter (LoRA)",
+                where=f"model.adapter ({type(self).__name__})",
                 fix=f"train the embeddings in full: modules_to_save: [{', '.join(names)}]",
             )
         return rows or None
 
     def export(self, model: PreTrainedModel, folder: Path) -> None:
-        """Write the adapter, as `PeftModel.from_pretrained` loads it (on a base with the rows of new tokens)."""
-        # peft would put the whole embeddings beside the rows that were trained.
-        model.save_pretrained(folder, save_embedding_layers=False if self.new_token_ids else "auto")
+        """Write the adapter, as `PeftModel.from_pretrained` loads it.
+
+        Where a part was taken out of the base's weights, it becomes an adapter of twice the rank for the whole base.
+        """
+        if not self._initial:
+            super().export(model, folder)
+            return
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        with TemporaryDirectory() as place:
+            initial = Path(place) / "initial"
+            initial.mkdir()
+            with self._begun_anew(model):
+                weights = {
+                    name: t.clone().contiguous() for name, t in get_peft_model_state_dict(model).items()
+                }
+            save_file(weights, initial / "adapter_model.safetensors", metadata={"format": "pt"})
+            model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(initial))
 
     @contextmanager
     def base_model(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-        """The model with its adapters switched off."""
-        with model.disable_adapter():
-            yield model
+        """The model with its adapters switched off, or as they were at first where they are a part of the base."""
+        if self._initial:
+            with self._begun_anew(model):
+                yield model
+        else:
+            with super().base_model(model):
+                yield model
+
+    @contextmanager
+    def _begun_anew(self, model: PreTrainedModel) -> Iterator[None]:
+        parameters = dict(model.named_parameters())
+        now = {name: parameters[name].detach().clone() for name in self._initial}
+        try:
+            for name, value in self._initial.items():
+                parameters[name].data.copy_(value)
+            yield
+        finally:
+            for name, value in now.items():
+                parameters[name].data.copy_(value)
+
+    def _check(self) -> None:
+        where = f"model.adapter ({type(self).__name__})"
+        if not 0 < self.loraplus_ratio < float("inf"):
+            raise SFTError(
+                f"loraplus_ratio is {self.loraplus_ratio}",
+                where=where,
+                fix="give a number above 0, such as 16",
+            )
+        if self.init not in _MOVES_BASE:
+            return
+        others = {
+            "modules_to_save": self.modules_to_save,
+            "trainable_tokens": self.trainable_tokens,
+            "dora": self.dora,
+            "bias": self.bias != "none",
+            "lora_bias": self.lora_bias,
+            "init_from": self.init_from,
+            "beside": self.beside,
+        }
+        if given := [name for name, value in others.items() if value]:
+            raise SFTError(
+                f"init {self.init} doesn't go together with {', '.join(given)}: the adapter couldn't be exported for "
+                "the base as it is",
+                where=where,
+                fix="use init: default, or leave these out",
+            )
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """The last parts of the names of all linear layers but the output embedding, as peft's `all-linear` has them."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    output = model.get_output_embeddings()
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and module is not output
+        }
+    )

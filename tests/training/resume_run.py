@@ -10,15 +10,27 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pytest
 import torch
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
 
+from lightning_sft import cli
 from lightning_sft.training import checkpoints
 from lightning_sft.training.metrics_file import read_rows
 
 STOP = "LIGHTNING_SFT_TEST_STOP"  # <hook>:<how many calls of it>
 SLOW = "LIGHTNING_SFT_TEST_SLOW_WRITING"  # which checkpoint takes for ever
+
+
+def fit(config: Path, *arguments: object, stop: str | None = None) -> None:
+    """Run `fit` here; the environment that a run sets is undone."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "LIGHTNING_SFT_RUN_FOLDER", STOP):
+            patch.setenv(variable, "0")
+        patch.delenv("LIGHTNING_SFT_RUN_FOLDER")
+        patch.setenv(STOP, stop or "")
+        cli.run(["fit", "--config", str(config), *map(str, arguments)])
 
 
 class Stopped(RuntimeError):

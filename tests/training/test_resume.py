@@ -12,23 +12,13 @@ import pytest
 import resume_run
 import torch
 import yaml
-from resume_run import STOP, Stopped, losses, metrics, same_weights, write_config
+from resume_run import Stopped, fit, losses, metrics, same_weights, write_config
 
-from lightning_sft import SFTError, cli
+from lightning_sft import SFTError
 from lightning_sft.__main__ import main
 from lightning_sft.training import checkpoints, fingerprint
 from lightning_sft.training.checkpoints import AtomicCheckpointIO
 from lightning_sft.training.metrics_file import MetricsFile, read_rows
-
-
-def fit(config: Path, *arguments: object, stop: str | None = None) -> None:
-    """Run `fit` here; the environment that a run sets is undone."""
-    with pytest.MonkeyPatch.context() as patch:
-        for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "LIGHTNING_SFT_RUN_FOLDER", STOP):
-            patch.setenv(variable, "0")
-        patch.delenv("LIGHTNING_SFT_RUN_FOLDER")
-        patch.setenv(STOP, stop or "")
-        cli.run(["fit", "--config", str(config), *map(str, arguments)])
 
 
 @pytest.fixture

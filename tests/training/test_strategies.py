@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def trainer(strategy: object, devices: int = 2, **options: object) -> Trainer:
 @pytest.mark.parametrize("adapter", [Full(), LoRA()], ids=["Full", "LoRA"])
 def test_what_works_is_let_through(strategy, precision, adapter):
     made = trainer(strategy, devices=1 if strategy == "auto" else 2, precision=precision)
-    strategies.check(made, adapter, precision)
+    strategies.check(made, adapter, None, precision)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,22 @@ def test_a_quantized_base_is_not_sharded():
     strategies.check(trainer("ddp"), Quantizing())
     with pytest.raises(SFTError, match="quantized base") as caught:
         strategies.check(trainer(FSDP2Strategy()), Quantizing())
+    assert "use ddp" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "optimizer", "reason"),
+    [
+        (LoRA(init="eva"), None, "look at the training rows"),
+        (LoRA(), partial(torch.optim.Muon, lr=0.1), "Muon may look at a matrix"),
+        (LoRA(), lambda groups: torch.optim.SGD(groups), "the optimizer may look at a matrix"),
+    ],
+)
+def test_what_needs_whole_matrices_is_not_sharded(adapter, optimizer, reason):
+    strategies.check(trainer("ddp"), adapter, optimizer)
+    strategies.check(trainer("fsdp2"), LoRA(), partial(torch.optim.SGD, momentum=0.9))
+    with pytest.raises(SFTError, match=reason) as caught:
+        strategies.check(trainer("fsdp2"), adapter, optimizer)
     assert "use ddp" in str(caught.value)
 
 
