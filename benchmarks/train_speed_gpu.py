@@ -94,7 +94,7 @@ class Timer:
         """Training is over; print the figures."""
         import torch
 
-        from lightning_sft.training.throughput import peak_flops
+        from lightning_sft.training.devices import peak_flops
 
         self._mark()
         device = torch.device(self.options.device)

@@ -17,6 +17,7 @@ COMMANDS = {
     "validate": "measure the loss on the validation rows of the same YAML",
     "test": "measure the loss on the test rows of the same YAML",
     "evaluate": "score a trained model, or its base, on benchmarks and text",
+    "plan": "tell memory, steps and time of a run on named GPUs before anything runs",
     "preview": "show what is trained of each example, and why, without loading the model",
     "generate": "let the model of a run or model folder answer a prompt",
     "export": "write the trained model of a run folder as one that transformers loads",
@@ -90,6 +91,10 @@ def _dispatch(argv: list[str]) -> None:
         from lightning_sft.cli import run
 
         run(argv)
+    elif command == "plan":
+        from lightning_sft.planning.command import command as plan
+
+        plan(argv[1:])
     elif command == "preview":
         from lightning_sft.preview import command as preview
 

@@ -94,6 +94,8 @@ class Adapter(ABC):
     """Rows of the input and the output embedding to train in any case (`model.new_tokens`); set before `prepare`."""
     looks_at_rows: bool = False
     """Whether `initialize` is to be called at the start of a run."""
+    saves_memory: bool = False
+    """Whether `plan` suggests this adapter, with its default options, where training doesn't fit into memory."""
 
     @abstractmethod
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:

@@ -113,8 +113,7 @@ class SFTCommand(LightningCLI):
                 load_checkpoint(Path(chosen.ckpt_path), weights_only=chosen.weights_only is not False)
             return
         trainer = chosen.trainer
-        if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
-            trainer.max_epochs = 3
+        set_end(trainer)
         asked = chosen.ckpt_path
         if asked is not None:
             self._resume(str(asked))
@@ -272,6 +271,12 @@ def _load_all_that_can_be() -> None:
     for plugin in plugins.discover():
         with suppress(SFTError):
             plugin.load()
+
+
+def set_end(trainer: Any) -> None:
+    """Three epochs, where the trainer's options set no end of the run."""
+    if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
+        trainer.max_epochs = 3
 
 
 def _was_interrupted(command: SFTCommand) -> bool:

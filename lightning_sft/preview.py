@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_sft import assets, command_line, plugins
+from lightning_sft import command_line, plugins, without_weights
 from lightning_sft.conversation import Conversation, Meta, Row, Segments
 from lightning_sft.data.conversion import convert_rows, format_of
-from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.fitted import Fitted, named
 from lightning_sft.data.sources import Source, read_rows
 from lightning_sft.data.truncation import Overlong, fit
@@ -21,7 +20,6 @@ from lightning_sft.errors import SFTError
 from lightning_sft.example import Reason
 from lightning_sft.rendering import Renderer
 from lightning_sft.rendering.encode import Rendering
-from lightning_sft.training.module import SFTModule
 
 REASONS = {
     Reason.CONTEXT: "context",
@@ -99,16 +97,13 @@ def command(argv: Sequence[str]) -> None:
     Raises:
         SFTError: Something that the user gave is at fault.
     """
-    command_line.quieten()
-    argv = [assets.config_path(argument) for argument in argv]
-    command_line.check_configs(argv)
-    plugins.load_named(plugins.named_in(argv))
+    argv = without_weights.prepared(argv)
     try:
         config = _parser().parse_args(argv)
         rows = _row_numbers(config.rows)
         if config.examples < 1:
             raise SFTError(f"it is {config.examples}", where="--examples", fix="give at least 1")
-        module, data = _instantiated(config)
+        module, data = without_weights.instantiated(config)
         renderer, max_length = module.renderer, data.max_length or module.context_length
     except SFTError as error:
         raise command_line.in_config(error, argv) from error
@@ -205,36 +200,15 @@ class Refused:
 
 
 def _parser() -> Any:
-    from jsonargparse import ActionConfigFile
-    from lightning.pytorch import Trainer
-
-    from lightning_sft.cli import Parser
-
-    parser = Parser(prog="lightning-sft preview")
-    parser.description = "Show what is trained of the data's first examples, and why; loads no weights."
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="The YAML file of `fit`.")
+    parser = without_weights.parser(
+        "preview", "Show what is trained of the data's first examples, and why; loads no weights."
+    )
     parser.add_argument("-n", "--examples", type=int, default=3, help="Conversations to show of each source.")
     parser.add_argument("--rows", type=str, default=None, help="Show these rows instead, such as 5,17.")
     parser.add_argument("--part", choices=["train", "val", "test"], default="train", help="Of which data.")
     parser.add_argument("--json", action="store_true", help="Print a JSON list with every token.")
     parser.add_argument("--html", type=str, default=None, help="Write a page with the reason of every token.")
-    parser.add_lightning_class_args(SFTModule, "model")
-    parser.add_lightning_class_args(SFTDataModule, "data")
-    parser.add_lightning_class_args(Trainer, "trainer", required=False)
-    for name in ("seed_everything", "ckpt_path", "weights_only", "checkpoints"):  # of `fit`
-        parser.add_argument(f"--{name}", type=Any, default=None, help="As in `fit`; changes nothing here.")
     return parser
-
-
-def _instantiated(config: Any) -> tuple[SFTModule, SFTDataModule]:
-    """The module and the data of a configuration; the trainer's callbacks are left alone."""
-    from lightning_sft.cli import Parser
-
-    parser = Parser()
-    parser.add_lightning_class_args(SFTModule, "model")
-    parser.add_lightning_class_args(SFTDataModule, "data")
-    made = parser.instantiate(parser.parse_object({"model": config.model, "data": config.data}))
-    return made.model, made.data
 
 
 def _row_numbers(given: str | None) -> set[int] | None:

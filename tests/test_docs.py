@@ -16,8 +16,8 @@ from lightning_sft.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    "README.md", "docs/fine-tuning.md", "docs/data.md", "docs/evaluation.md", "docs/forgetting.md", "docs/plugins.md",
-    "docs/distributed.md",
+    "README.md", "docs/fine-tuning.md", "docs/data.md", "docs/evaluation.md", "docs/forgetting.md", "docs/plan.md",
+    "docs/plugins.md", "docs/distributed.md",
 ]  # fmt: skip
 
 

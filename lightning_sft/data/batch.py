@@ -80,7 +80,8 @@ class Batch:
             cu_seqlens = torch.tensor(segments, dtype=torch.int32)
         self.cu_seqlens = cu_seqlens
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor changed so."""
         fields: dict[str, Any] = {}
         for name in self.__slots__:
             value = getattr(self, name)
@@ -89,11 +90,11 @@ class Batch:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The batch on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, for faster copies to a GPU."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.map(lambda tensor: tensor.pin_memory())
 
 
 Collate: TypeAlias = Callable[[Sequence[Example], float], Batch]

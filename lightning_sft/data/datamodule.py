@@ -249,15 +249,19 @@ class SFTDataModule(LightningDataModule):
         Raises:
             SFTError: Packs are asked for, and the model takes padded rows.
         """
+        self.check_packing()
+        sampler = PlanSampler(self.plan, self._attached.global_rank, self.start)
+        sampler.set_epoch(max(self.start[0], self._attached.current_epoch))
+        return self._loader("train", sampler)
+
+    def check_packing(self) -> None:
+        """Refuse packs for a model that takes padded rows; raises as `train_dataloader` says."""
         if self.packing and (because := self._module.layout.padded_because):
             raise SFTError(
                 f"packs need flattened rows, and this model gets padded ones: {because}",
                 where="data.packing",
                 fix="set data.batch_tokens or data.batch_size instead",
             )
-        sampler = PlanSampler(self.plan, self._attached.global_rank, self.start)
-        sampler.set_epoch(max(self.start[0], self._attached.current_epoch))
-        return self._loader("train", sampler)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Let the module seed what a training batch draws: no other hook of the batch comes before this one."""

@@ -116,7 +116,7 @@ class Evaluation:
         if self.source is not None:
             trust = module.trust_remote_code
             module.use_tokenizer(str(self.source))
-            module.model = load_trained(self.source, dtype=module.weights_dtype(), trust_remote_code=trust)
+            module.model = load_trained(self.source, dtype=module.weights_dtype, trust_remote_code=trust)
 
     @contextmanager
     def _base_of(self, module: SFTModule) -> Iterator[nn.Module]:

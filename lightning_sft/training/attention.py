@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ _WITHOUT_MEANING = frozenset(
     {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",
      "return_dict", "logits_to_keep", "is_causal", "position_embeddings", "num_items_in_batch", "layer_idx"}
 )  # fmt: skip
+
+
+PLANNED = "lightning_sft_planned"
 
 
 class UnsupportedAttention(Exception):
@@ -71,6 +74,24 @@ def register() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, segment_attention)
+
+
+def register_planned() -> None:
+    """Make `PLANNED` known to transformers: segment attention with the memory that it has on a GPU."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PLANNED, planned_attention)
+
+
+def planned_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **asked: Any
+) -> tuple[Tensor, None]:
+    """Segment attention whose results mean nothing, to count what a varlen kernel keeps; see `segment_attention`."""
+    half = _as_computed(query), _as_computed(key), _as_computed(value)
+    plain = asked.get("softcap") is None and asked.get("s_aux") is None and not asked.get("dropout")
+    if plain and half[0].itemsize == 2 and kernels.takes(half[0], half[2]):
+        return kernels.Planned.apply(*(tensor[0].transpose(0, 1) for tensor in half))[None], None
+    return segment_attention(module, query, key, value, attention_mask, **asked)
 
 
 @torch.compiler.disable

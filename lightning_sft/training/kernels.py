@@ -30,9 +30,9 @@ gradient by the logits."""
 
 def attention_for(query: Tensor, key: Tensor, value: Tensor) -> Attention | None:
     """The varlen kernel for tensors `[1, H, T, D]` that are already in the type of the computation, if any."""
-    size = query.shape[-1]
-    if not _half_on_cuda(query) or size != value.shape[-1] or size % 8 or size > 256:
+    if not _half_on_cuda(query) or not takes(query, value):
         return None
+    size = query.shape[-1]
     kernel = installed_attention()
     if kernel is None or not _trusted_attention(
         kernel, query.device, query.dtype, query.shape[1], key.shape[1], size
@@ -53,6 +53,28 @@ def cross_entropy_for(logits: Tensor) -> CrossEntropy | None:
 
 def _half_on_cuda(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda" and tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+def takes(query: Tensor, value: Tensor) -> bool:
+    """Whether the varlen kernels have heads of this size."""
+    size = query.shape[-1]
+    return size == value.shape[-1] and size % 8 == 0 and size <= 256
+
+
+class Planned(torch.autograd.Function):
+    """What a varlen kernel keeps and gives, without its numbers: `[T, H, D]`, and a float32 for each row and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Zeros like the query."""
+        out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(query, key, value, out, out.new_empty(out.shape[:2], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        """Zeros like the inputs."""
+        return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
 @lru_cache(maxsize=1)

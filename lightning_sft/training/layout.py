@@ -8,10 +8,11 @@ rows. A head that the configuration doesn't describe fully is replaced by the mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 from lightning_sft.data.batch import Batch, Collate, flatten, pad
 from lightning_sft.errors import SFTError
 from lightning_sft.training import attention
-from lightning_sft.training.head import Head, head_of
+from lightning_sft.training.head import Head, head_of, weighted_loss
 from lightning_sft.training.shards import local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lightning_sft.bases import Loss
     from lightning_sft.training.router_loss import RouterLoss
 
 
@@ -100,6 +102,14 @@ def hidden_states(
     return out.flatten(0, 1).index_select(0, batch.positions)
 
 
+def batch_loss(
+    model: nn.Module, batch: Batch, layout: Layout, loss: Loss, router: RouterLoss | None = None
+) -> Tensor:
+    """Σ weight · loss over the batch's targets: a scalar, in at least float32."""
+    hidden = hidden_states(model, batch, own_logits=layout.own_logits, whole=layout.whole, router=router)
+    return weighted_loss(hidden, batch.targets, batch.weights, layout.head, loss)
+
+
 def find_layout(model: nn.Module, pad_id: int) -> Layout:
     """Try the model on a few random rows (well under a second for a small one) and choose its layout.
 
@@ -122,9 +132,27 @@ def find_layout(model: nn.Module, pad_id: int) -> Layout:
             )
         separate = [backbone(inner)(input_ids=row, use_cache=False)[0] for row in rows]
         head, own_logits = choose_head(inner, rows[0], separate[0])
-        because = _flattened_fails(inner, rows, separate)
+        because = _flattened_fails(inner, lambda: _flattened_differs(inner, rows, separate))
     collate: Collate = partial(pad, pad_id=pad_id) if because else flatten
     return Layout(collate=collate, head=head, own_logits=own_logits, padded_because=because)
+
+
+def expected_layout(model: nn.Module, pad_id: int) -> Layout:
+    """The layout to expect of a model whose tensors hold no numbers (fake ones), from its structure alone.
+
+    Convolutions and state spaces mix positions where attention doesn't see it; they all hold a `Conv1d`.
+    """
+    inner = causal_lm(model)
+    plain = isinstance(inner.get_output_embeddings(), nn.Module) and backbone(inner) is not inner
+    head = head_of(inner) if plain else Head(linear=nn.Identity())
+    with evaluating(model), torch.no_grad():
+        if any(isinstance(module, nn.Conv1d) for module in inner.modules()):
+            because: str | None = "its convolutions mix positions"
+        else:
+            rows = _trial_rows(inner, _trial_lengths(inner))
+            because = _flattened_fails(inner, lambda: _flattened_refused(inner, rows)[0])
+    collate: Collate = partial(pad, pad_id=pad_id) if because else flatten
+    return Layout(collate=collate, head=head, own_logits=not plain, padded_because=because)
 
 
 @contextmanager
@@ -188,13 +216,13 @@ def choose_head(inner: PreTrainedModel, row: Tensor, hidden: Tensor) -> tuple[He
     return Head(linear=nn.Identity()), True
 
 
-def _flattened_fails(inner: PreTrainedModel, rows: list[Tensor], separate: list[Tensor]) -> str | None:
+def _flattened_fails(inner: PreTrainedModel, trial: Callable[[], str | None]) -> str | None:
     """Why flattened rows aren't exact for this model; None (and segment attention set) if they are."""
     stock = inner.config._attn_implementation
     attention.register()
     try:
         inner.set_attn_implementation(attention.NAME)
-        reason = _flattened_differs(inner, rows, separate)
+        reason = trial()
     except Exception as error:  # whatever an unusual model does: padded rows are exact for all
         reason = f"{type(error).__name__}: {error}"
     if reason is not None and inner.config._attn_implementation != stock:
@@ -202,22 +230,33 @@ def _flattened_fails(inner: PreTrainedModel, rows: list[Tensor], separate: list[
     return reason
 
 
-def _flattened_differs(inner: PreTrainedModel, rows: list[Tensor], separate: list[Tensor]) -> str | None:
+def _flattened_refused(inner: PreTrainedModel, rows: list[Tensor]) -> tuple[str | None, Tensor | None]:
+    """What in the model's structure is against flattened rows, if anything, and what it makes of them."""
     if inner.config._attn_implementation != attention.NAME:
-        return f"{inner.config.model_type} models don't take a registered attention function"
+        return f"{inner.config.model_type} models don't take a registered attention function", None
     config = inner.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     if "chunked_attention" in kinds:
-        return "its attention is chunked"
+        return "its attention is chunked", None
     calls = attention.CallCounter.calls
     attention.CallCounter.windows.clear()
     packed = _packed(inner, rows)
     if attention.CallCounter.calls == calls:
-        return f"{inner.config.model_type} models don't call the registered attention function"
+        return f"{inner.config.model_type} models don't call the registered attention function", None
     # The trial's rows are shorter than most windows, so a window that only a mask would carry must be asked for.
     window = getattr(config, "sliding_window", None)
     if window and (not kinds or "sliding_attention" in kinds) and window not in attention.CallCounter.windows:
-        return f"{inner.config.model_type} models don't tell the attention function their sliding window"
+        return (
+            f"{inner.config.model_type} models don't tell the attention function their sliding window",
+            None,
+        )
+    return None, packed
+
+
+def _flattened_differs(inner: PreTrainedModel, rows: list[Tensor], separate: list[Tensor]) -> str | None:
+    refused, packed = _flattened_refused(inner, rows)
+    if packed is None:
+        return refused
     expected = torch.cat(separate, dim=1)
     if not (by := apart(packed, expected)) <= tolerance(expected, inner):  # NaN is not equal either
         return f"flattened and separate rows differ by {by:.1e}, relative"
@@ -230,7 +269,7 @@ def _flattened_differs(inner: PreTrainedModel, rows: list[Tensor], separate: lis
 
 def _packed(inner: PreTrainedModel, rows: list[Tensor]) -> Tensor:
     lengths = [row.shape[1] for row in rows]
-    segments = attention.Segments((0, *torch.tensor(lengths).cumsum(0).tolist()))
+    segments = attention.Segments((0, *accumulate(lengths)))
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(rows[0].device)
     out: Tensor = backbone(inner)(
         input_ids=torch.cat(rows, dim=1), position_ids=positions, segments=segments, use_cache=False

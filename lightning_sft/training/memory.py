@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug
 from torch import nn
 
 from lightning_sft.errors import SFTError
-from lightning_sft.training import optimizers
 from lightning_sft.training.head import CHUNK
 from lightning_sft.training.layout import causal_lm
 from lightning_sft.training.shards import local
@@ -20,6 +20,7 @@ from lightning_sft.training.shards import local
 if TYPE_CHECKING:
     from lightning_sft.data.batch import Batch
     from lightning_sft.training.module import SFTModule
+    from lightning_sft.training.peak_memory import Peak
 
 _SIGNS = ("out of memory", "can't allocate memory", "alloc_failed")
 """What CUDA and MPS, the CPU's allocator, and cuBLAS say."""
@@ -84,71 +85,75 @@ def refuse_too_much(module: SFTModule, batch: Batch) -> None:
     """
     import psutil
 
-    machine, needed = psutil.virtual_memory(), sum(estimate(module, batch).values())
-    if needed > machine.total:
-        raise _too_little(module, batch, f"{_gib(machine.total)} GiB of memory are too little")
+    machine = psutil.virtual_memory()
+    if _at_most(module, batch) <= machine.available or (peak := estimate(module, batch)) is None:
+        return
+    if peak.total > machine.total:
+        raise _too_little(module, batch, f"{in_gib(machine.total)} of memory are too little")
     loaded = sum(local(p).numel() * p.element_size() for p in module.loaded.parameters())
-    if needed - loaded > machine.available:
+    if peak.total - loaded > machine.available:
         rank_zero_warn(
-            f"{in_words(batch)} needs about {_gib(needed - loaded)} GiB, {_gib(machine.available)} GiB are available: "
+            f"{in_words(batch)} needs about {in_gib(peak.total - loaded)}, {in_gib(machine.available)} are available: "
             f"the system may kill the run. {_what_helps(module)}"
         )
 
 
+def estimate(module: SFTModule, batch: Batch) -> Peak | None:
+    """What a step with this batch needs, as `plan` tells it; None where that can't be told."""
+    from lightning_sft.training.peak_memory import Twin
+
+    try:
+        return Twin(module, module.device.type).peak(batch)
+    except Exception as error:  # what it is asked for mustn't fail because of it
+        rank_zero_debug(f"no estimate of the memory: {type(error).__name__}: {error}")
+        return None
+
+
+def _at_most(module: SFTModule, batch: Batch) -> float:
+    """Bytes that no step comes near, at once: only where they aren't there is it worth to estimate.
+
+    Korthikanti et al. (2022) count 34 H bytes a token and layer at 16 bits; here it is four times as many at 32 bits,
+    with H the wider of the hidden and a quarter of the feed-forward size, for every expert that a token takes.
+    """
+    config = module.base_config.get_text_config()
+    wide = getattr(config, "intermediate_size", None) or 0
+    wide = max(getattr(config, "hidden_size", 0), wide / 4) * (
+        getattr(config, "num_experts_per_tok", None) or 1
+    )
+    kept = 4 * 68 * wide * getattr(config, "num_hidden_layers", 0) * batch.input_ids.numel()
+    return kept + 8 * sum(p.numel() * 4 for p in module.loaded.parameters()) + 16 * CHUNK * module.vocabulary
+
+
 def _too_little(module: SFTModule, batch: Batch | None, problem: str) -> SFTError:
-    parts = ", ".join(f"{_gib(size)} GiB for {part}" for part, size in estimate(module, batch).items())
+    peak = None if batch is None else estimate(module, batch)
+    parts = "" if peak is None else ", ".join(f"{in_gib(n)} for {part}" for part, n in peak.parts.items())
     return SFTError(
-        f"{problem} at {in_words(batch) if batch is not None else 'the optimizer step'}; about {parts}",
+        f"{problem} at {in_words(batch) if batch is not None else 'the optimizer step'}"
+        + (f"; it needs about {parts}" if parts else ""),
         where=str(module.device),
         fix=_what_helps(module),
     )
 
 
-def estimate(module: SFTModule, batch: Batch | None) -> dict[str, float]:
-    """Bytes that training needs, by what they are for: a rule of thumb, to see what weighs most.
+def in_gib(size: float) -> str:
+    """A size for people."""
+    return f"{size / 2**30:.3g} GiB"
 
-    Per token a layer keeps about 8 H + 4 I values, with H the hidden and I the feed-forward size: inputs of the
-    norms, queries, keys, values, attention, and of a gated feed-forward network. For I = 8/3 H at 16 bits that is
-    37 H bytes, and Korthikanti et al. (2022) count 34 H without the attention matrix. Recomputing keeps H
-    values a layer and the whole of one layer. AdamW keeps two averages of each parameter that is trained.
-    """
-    parameters = [(local(p).numel(), p.element_size(), p.requires_grad) for p in module.loaded.parameters()]
-    state = optimizers.state_bytes(module)
-    config = module.base_config.get_text_config()
-    hidden = getattr(config, "hidden_size", 0)
-    layers = getattr(config, "num_hidden_layers", 0)
-    wide = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
-    wide = (4 * hidden if wide is None else wide) * (getattr(config, "num_experts_per_tok", None) or 1)
-    per_layer = 8 * hidden + 4 * wide
-    kept = layers * hidden + per_layer if module.gradient_checkpointing else layers * per_layer
-    trainer = module._trainer
-    mixed = trainer is not None and str(trainer.precision).endswith("-mixed")
-    size = 2 if mixed else next(module.loaded.parameters()).element_size()
-    tokens = batch.input_ids.numel() if batch is not None else 0
-    rows = min(CHUNK, len(batch.targets)) if batch is not None else 0
-    return {
-        "the weights": sum(n * each for n, each, _ in parameters),
-        "gradients and the optimizer": sum(n * (each + state) for n, each, trains in parameters if trains),
-        "activations": tokens * kept * size,
-        "logits": 3 * 4 * rows * module.vocabulary,
-    }
+
+def longest_row(batch: Batch) -> int:
+    """Tokens of the longest row, padding included where there is some."""
+    if batch.segments is None:
+        return int(batch.input_ids.shape[1])
+    return max(end - start for start, end in pairwise(batch.segments))
 
 
 def in_words(batch: Batch) -> str:
     """The shape of a batch, for people: rows, tokens with padding, the longest row, and the targets."""
     rows = "1 row" if len(batch.metas) == 1 else f"{len(batch.metas):,} rows"
-    if batch.segments is None:
-        longest = batch.input_ids.shape[1]
-    else:
-        longest = max(end - start for start, end in pairwise(batch.segments))
     return (
-        f"a batch of {rows} with {batch.input_ids.numel():,} tokens (the longest {longest:,}), "
+        f"a batch of {rows} with {batch.input_ids.numel():,} tokens (the longest {longest_row(batch):,}), "
         f"{len(batch.targets):,} of them trained"
     )
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.3g}"
 
 
 def _what_helps(module: SFTModule) -> str:

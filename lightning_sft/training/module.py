@@ -15,15 +15,16 @@ from lightning_sft import assets, plugins
 from lightning_sft.bases import Adapter, Loss
 from lightning_sft.errors import SFTError
 from lightning_sft.rendering import RenderPolicies
-from lightning_sft.training import optimizers, strategies
+from lightning_sft.training import advisor, optimizers, strategies
 from lightning_sft.training import schedule as schedules
 from lightning_sft.training.compiling import compile_blocks
+from lightning_sft.training.devices import peak_flops
 from lightning_sft.training.fingerprint import frozen_digest
 from lightning_sft.training.fsdp2 import as_forward, shard, whole_parameters
 from lightning_sft.training.guard import GuardedModule, OnBadLoss, Watch, refuse_bad_weights
-from lightning_sft.training.head import NLL, weighted_loss
+from lightning_sft.training.head import NLL
 from lightning_sft.training.initial import initialize
-from lightning_sft.training.layout import Layout, causal_lm, find_layout, hidden_states, stock_attention
+from lightning_sft.training.layout import Layout, batch_loss, causal_lm, find_layout, stock_attention
 from lightning_sft.training.memory import checkpoint_layers, explained
 from lightning_sft.training.metrics import TokenLoss, TokenPerplexity
 from lightning_sft.training.models import absolute, load_model, save_quantization
@@ -31,7 +32,7 @@ from lightning_sft.training.new_tokens import check_trained, grow
 from lightning_sft.training.preflight import check_trainer, preflight
 from lightning_sft.training.resuming import Resumable
 from lightning_sft.training.router_loss import RouterLoss, router_loss
-from lightning_sft.training.throughput import Throughput, is_logged, log_step, peak_flops
+from lightning_sft.training.throughput import Throughput, is_logged, log_step
 from lightning_sft.training.without_weights import WithoutWeights
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         warmup: Warmup as a fraction of all steps (0.03) or a number of steps (100).
         final_learning_rate: Where `cosine` and `linear` end, as a fraction of the peak.
         compile: Compile the decoder's blocks with `torch.compile`: slow first steps, faster ones after.
+        silenced_advice: Rules of the advisor that don't warn (full-rate, epochs, …), or `all`.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         warmup: float = 0.03,
         final_learning_rate: float = 0.0,
         compile: bool = False,
+        silenced_advice: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.base = assets.model_path(base)
@@ -137,6 +140,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         self.warmup = warmup
         self.final_learning_rate = final_learning_rate
         self.compiled = compile
+        self.silenced_advice = silenced_advice
         _check_options(self)
         self.model: PreTrainedModel | None = None
         self.restored = False
@@ -191,11 +195,19 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
             strategies.check(self.trainer, self.adapter, self.optimizer)
         model = load_model(
             self.base,
-            dtype=self.weights_dtype(),
+            dtype=self.weights_dtype,
             revision=self.revision,
             quantization=self.adapter.quantization(),
             trust_remote_code=self.trust_remote_code,
         )
+        self.assemble(model)
+
+    def assemble(self, model: PreTrainedModel) -> None:
+        """Put the adapter into the base, and set what is trained and recomputed.
+
+        Raises:
+            SFTError: Nothing of it would be trained.
+        """
         model.name_or_path = absolute(self.base)
         grow(model, self.rows)
         self.adapter.new_token_ids = self.rows.trained
@@ -223,6 +235,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         kwargs.pop("dtype", None)
         return super().to(*args, **kwargs)
 
+    @property
     def weights_dtype(self) -> torch.dtype:
         """The type of the loaded weights: `dtype`, or what the trainer's precision implies."""
         if self.load_dtype is not None:
@@ -264,7 +277,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
     # ------------------------------------------------------------------------------------------- steps
 
     def on_fit_start(self) -> None:
-        """Refuse what would make the plan's step sizes wrong; then try model and rows (`preflight`).
+        """Refuse what would make the plan's step sizes wrong, try model and rows (`preflight`), and give advice.
 
         Raises:
             SFTError: Accumulation changes over the run, Lightning would replace the batch order, or preflight fails.
@@ -275,21 +288,15 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
             initialize(self)
         if self.preflight:
             preflight(self)
+        advisor.tell(self)
         self.throughput.meter(self.loaded, peak_flops(self.device))
 
     def weighted_loss(self, batch: Batch, loss: Loss) -> Tensor:
         """Σ weight · loss over the batch's targets: a scalar, in at least float32."""
         router = self.router if torch.is_grad_enabled() else None
         self.watch.batch = batch
-        layout = self.layout
-
-        def compute() -> Tensor:
-            hidden = hidden_states(
-                self.loaded, batch, own_logits=layout.own_logits, whole=layout.whole, router=router
-            )
-            return weighted_loss(hidden, batch.targets, batch.weights, layout.head, loss)
-
         with explained(self):
+            compute = partial(batch_loss, self.loaded, batch, self.layout, loss, router)
             return as_forward(self.loaded, compute)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -374,6 +381,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
 def _check_options(module: SFTModule) -> None:
     """Refuse what no run could be made of, before anything is loaded."""
     schedules.warmup_steps(module.warmup, 1)
+    advisor.check_names(module.silenced_advice)
     for option in ("learning_rate", "weight_decay", "final_learning_rate"):
         value = getattr(module, option)
         if not 0 <= value < float("inf"):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +106,7 @@ def preflight(module: SFTModule) -> Report | None:
         layout = module.layout
         if not isinstance(data, SFTDataModule) or "train" not in data.prepared:
             return None
-        heaviest = _heaviest(module, data)
+        heaviest = heaviest_of(module, data, [module.trainer.global_rank])
         chosen = [data.prepared["train"].examples[row] for row in heaviest.rows]
         one = min(chosen, key=len)
         batch = layout.collate(chosen, sum(float(e.weights.sum()) for e in chosen)).to(module.device)
@@ -128,8 +128,8 @@ def _says_no(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _heaviest(module: SFTModule, data: SFTDataModule) -> MicroBatch:
-    """The micro-batch of this rank with the most tokens, padding included; of equal ones that with the longest."""
+def heaviest_of(module: SFTModule, data: SFTDataModule, ranks: Sequence[int]) -> MicroBatch:
+    """The ranks' micro-batch with the most tokens, padding included; of equal ones that with the longest row."""
     lengths = data.prepared["train"].lengths.tolist()
     padded = module.layout.padded_because is not None
 
@@ -140,8 +140,8 @@ def _heaviest(module: SFTModule, data: SFTDataModule) -> MicroBatch:
 
     epochs = module.trainer.max_epochs
     epochs = 1 if epochs is None or epochs < 1 else min(epochs, max(1, _ROWS_LOOKED_AT // len(lengths)))
-    rank = module.trainer.global_rank
-    return max((micro for epoch in range(epochs) for micro in data.plan(epoch).rank(rank)), key=weight)
+    plans = map(data.plan, range(epochs))
+    return max((micro for plan in plans for rank in ranks for micro in plan.rank(rank)), key=weight)
 
 
 def _check_gradients(

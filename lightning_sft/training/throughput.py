@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-import torch
-
 from lightning_sft.training import optimizers
 from lightning_sft.training.layout import causal_lm
 
@@ -24,20 +22,6 @@ if TYPE_CHECKING:
 
     from lightning_sft.data.batch import Batch
     from lightning_sft.training.module import SFTModule
-
-_PEAK = {  # of dense bfloat16 products, in TFLOP/s, from NVIDIA's and AMD's data sheets; the first that fits counts
-    "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989,
-    "A100": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "A40": 150, "RTX A6000": 155,
-    "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307, "MI250X": 383,
-}  # fmt: skip
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """What a device can do at most, in bfloat16 FLOP/s; None where that isn't known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for known, peak in _PEAK.items() if known.lower() in name.lower()), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +43,13 @@ class Flops:
     attention: float
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Flops:
-        """The model's, from its parameters and its text configuration."""
+    def of(cls, model: PreTrainedModel, *, recomputed: bool = False) -> Flops:
+        """The model's, from its parameters and its text configuration.
+
+        Args:
+            model: The model as it is trained, with its adapter.
+            recomputed: Count the second forward pass of recomputed activations: for time, not for utilisation.
+        """
         config = model.config.get_text_config()
         embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
         ids = [{id(parameter) for parameter in module.parameters()} for module in embeddings]
@@ -70,9 +59,11 @@ class Flops:
             if id(parameter) in ids[1]:
                 head += flops
             elif id(parameter) not in ids[0]:
-                body += flops
+                body += flops + (2 * parameter.numel() if recomputed else 0)
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        attention = 12.0 * config.num_hidden_layers * config.num_attention_heads * width
+        attention = (
+            (16.0 if recomputed else 12.0) * config.num_hidden_layers * config.num_attention_heads * width
+        )
         return cls(body=body, head=head, attention=attention)
 
     def __call__(self, batch: Batch) -> float:
@@ -81,7 +72,18 @@ class Flops:
             pairs = float(sum((end - start) ** 2 for start, end in pairwise(batch.segments)))
         else:  # padded: as if all rows were of the mean length
             pairs = batch.num_tokens**2 / len(batch.input_ids)
-        return self.body * batch.num_tokens + self.head * len(batch.targets) + self.attention * pairs
+        return self.total(batch.num_tokens, len(batch.targets), pairs)
+
+    def total(self, tokens: float, targets: float, pairs: float) -> float:
+        """FLOPs of so many tokens and targets, with the sum of squares of the rows' lengths."""
+        return self.body * tokens + self.head * targets + self.attention * pairs
+
+
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether a token takes only some of the parameters."""
+    config = model.config.get_text_config()
+    names = ("num_experts_per_tok", "num_local_experts", "num_experts")
+    return any(getattr(config, name, None) for name in names)
 
 
 class Throughput:
@@ -131,13 +133,8 @@ class Throughput:
             model: The model as it is trained, with its adapter.
             peak: The device's FLOP/s at most.
         """
-        config = model.config.get_text_config()
-        experts = any(
-            getattr(config, name, None)
-            for name in ("num_experts_per_tok", "num_local_experts", "num_experts")
-        )
         packed = bool(getattr(causal_lm(model), "is_quantized", False))
-        if peak is not None and not experts and not packed:
+        if peak is not None and not has_experts(model) and not packed:
             self.flops, self.peak = Flops.of(model), peak
 
 

@@ -53,6 +53,7 @@ class LoRA(PeftAdapter):
     """
 
     default_learning_rate = 2e-4
+    saves_memory = True
 
     def __init__(
         self,

@@ -52,6 +52,8 @@ class BeforeAfter(Callback):
         max_new_tokens: Most tokens of an answer.
     """
 
+    measures_forgetting = True  # on general text
+
     def __init__(
         self,
         instructions: str,

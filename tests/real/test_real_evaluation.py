@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from lightning_sft import Answered, Generate, Generated, Item, RollingLogLikelihood, Scorer
 from lightning_sft_evaluators.bbh import BBH
@@ -77,6 +78,19 @@ def test_mmlu_item_by_item(shared, scorer, reference, name, shots, limit):
     if len(items) == len(theirs):
         scores = check_scores(results, expected["aggregates"], "mmlu", "acc", "acc,none")
         assert len(scores) == 1 + 4 + 57
+
+
+def test_in_bfloat16_only_close_verdicts_flip(shared, scorer):
+    from transformers import AutoModelForCausalLM
+
+    folder = shared / "real/models/stories260k"
+    rounded = Scorer(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(), scorer.tokenizer
+    )
+    items = MMLU(str(shared / "real/mmlu"), shots=0, limit=2).requests()
+    for one, other in zip(scorer.answer(items), rounded.answer(items), strict=True):
+        first, second = sorted(one.log_likelihoods, reverse=True)[:2]
+        assert one.likeliest == other.likeliest or first - second < 0.1
 
 
 @pytest.mark.slow

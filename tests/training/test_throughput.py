@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.data.batch import Batch
-from lightning_sft.training import throughput
+from lightning_sft.training import devices
 from lightning_sft.training.throughput import Flops, Throughput
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_checkpointing": False}
@@ -100,11 +100,11 @@ def test_mfu_is_the_share_of_the_peak():
 )  # fmt: skip
 def test_the_peak_of_a_device_goes_by_its_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert throughput.peak_flops(torch.device("cuda")) == peak
+    assert devices.peak_flops(torch.device("cuda")) == peak
 
 
 def test_where_the_peak_or_the_active_parameters_are_unknown_there_is_no_mfu():
-    assert throughput.peak_flops(torch.device("cpu")) is None
+    assert devices.peak_flops(torch.device("cpu")) is None
     counter = Throughput()
     counter.meter(llama(tied=True), peak=None)
     assert counter.flops is None

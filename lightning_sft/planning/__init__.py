@@ -1,0 +1,1 @@
+"""`lightning-sft plan`: what a run would take, told before anything runs."""
