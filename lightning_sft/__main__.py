@@ -21,6 +21,8 @@ COMMANDS = {
     "preview": "show what is trained of each example, and why, without loading the model",
     "generate": "let the model of a run or model folder answer a prompt",
     "export": "write the trained model of a run folder as one that transformers loads",
+    "verify": "prove that an exported model is the one that was trained",
+    "interpolate": "score models between base and tuned, and write one",
     "data": "convert data files from one format to another",
     "plugins": "list the installed formats, adapters, losses and other plug-ins",
 }
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def overview() -> str:
     """What bare `lightning-sft` prints: the commands, two examples and where to read on."""
-    commands = "\n".join(f"  {name:<10}{line}" for name, line in COMMANDS.items())
+    commands = "\n".join(f"  {name:<12}{line}" for name, line in COMMANDS.items())
     return f"""\
 lightning-sft {__version__}: supervised fine-tuning of causal language models on PyTorch Lightning
 
@@ -107,6 +109,14 @@ def _dispatch(argv: list[str]) -> None:
         from lightning_sft.export import command as export
 
         export(argv[1:])
+    elif command == "interpolate":
+        from lightning_sft.interpolate import command as interpolate
+
+        interpolate(argv[1:])
+    elif command == "verify":
+        from lightning_sft.verify import command as verify
+
+        verify(argv[1:])
     else:
         raise _unknown(command)
 

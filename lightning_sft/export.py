@@ -21,6 +21,9 @@ def export(
     ckpt_path: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     tolerance: float = 0.01,
+    max_shard_size: str = "5GB",
+    license: str | None = None,
+    push_to_hub: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Write a run's adapter or model to a folder, or merge an adapter into its base.
@@ -35,12 +38,15 @@ def export(
         dtype: Type of the merged weights; by default the base's stored one.
         tolerance: How far the merged model may be from the adapter on its base: the mean divergence (KL) of the
             next token's distribution on held-out text, in nats. Nothing is written above it.
+        max_shard_size: Largest file of merged weights.
+        license: The licence's id for the model card, such as apache-2.0.
+        push_to_hub: Also upload it to this repository of the Hugging Face Hub, `owner/name`; a new one is private.
         trust_remote_code: Run model code that comes with the base. Only for sources you trust.
 
     Raises:
         SFTError: There is nothing to export, or `output` already holds something.
     """
-    from lightning_sft import run_folder
+    from lightning_sft import model_card, run_folder
     from lightning_sft.merging import merge as merge_adapter
     from lightning_sft.training.models import is_adapter
 
@@ -57,6 +63,7 @@ def export(
         _free(folder)
         _whole(folder, restore(run, checkpoint, trust_remote_code=trust_remote_code).export)
         print(f"{checkpoint} → {folder}")
+        model_card.write(folder, run, license=license)
     else:
         folder = run_folder.model_folder(source)
     if merge and is_adapter(folder):
@@ -66,19 +73,48 @@ def export(
 
         def write(partial: Path) -> None:
             made = merge_adapter(
-                folder, partial, dtype=dtype, tolerance=tolerance, trust_remote_code=trust_remote_code
-            )
+                folder, partial, dtype=dtype, tolerance=tolerance, max_shard_size=max_shard_size,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
             parity.append(made)
 
         _whole(merged, write)
         print(f"merged {folder} → {merged}\n{parity[0]}")
+        folder = merged
     elif merge:
         raise SFTError("this is already a whole model, there is nothing to merge", where=str(folder))
     elif output is not None and folder != Path(output):
         shutil.copytree(folder, _free(Path(output)), dirs_exist_ok=True)
         print(f"{folder} → {output}")
+        folder = Path(output)
     elif output is None:
         print(f"the exported model is in {folder}")
+    if is_run and (merge or license is not None):
+        model_card.write(folder, run, license=license)
+    if push_to_hub is not None:
+        print(f"{folder} → {_push(folder, push_to_hub)}")
+
+
+def _push(folder: Path, repository: str) -> str:
+    """Upload a folder to the Hub; returns the address.
+
+    Raises:
+        SFTError: The Hub refuses, or can't be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        made = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(folder_path=str(folder), repo_id=made.repo_id)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, RuntimeError) as error:
+        raise SFTError(
+            f"the Hub didn't take it: {error}",
+            where=f"--push_to_hub {repository}",
+            fix="check the name (owner/name), the network, and HF_TOKEN, which needs the right to write",
+        ) from error
+    return str(made)
 
 
 def restore(run: Path, checkpoint: Path, *, trust_remote_code: bool = False) -> SFTModule:

@@ -39,7 +39,13 @@ class Parity:
 
 
 def merge(
-    adapter: Path, output: Path, *, dtype: str | None, tolerance: float, trust_remote_code: bool = False
+    adapter: Path,
+    output: Path,
+    *,
+    dtype: str | None,
+    tolerance: float,
+    max_shard_size: str = "5GB",
+    trust_remote_code: bool = False,
 ) -> Parity:
     """Merge in float32, store as `dtype`, and compare.
 
@@ -101,7 +107,7 @@ def merge(
         )
     if (adapter / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(adapter))
-    model.save_pretrained(output)
+    model.save_pretrained(output, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(output)
     return parity
 

@@ -6,6 +6,7 @@ runs/<config name>-<n>/
   ledger.json     what became of every row and token
   metrics.csv     what was logged
   checkpoints/    last.ckpt, and the best by validation loss; only what is trained
+  goldens.json    examples with the trained model's loss, for `lightning-sft verify`
   model/          at the end: the adapter or model, with tokenizer, chat template and generation config
 ```
 """
@@ -22,6 +23,7 @@ from typing import IO, Any
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_sft import goldens, model_card
 from lightning_sft.errors import SFTError
 from lightning_sft.ranks import is_first_process
 from lightning_sft.training.models import ADAPTER_CONFIG, MODEL_CONFIG
@@ -206,5 +208,7 @@ def export(module: Any, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
     module.export(partial)
     if module.global_rank == 0:
+        model_card.write(partial, folder)
         shutil.rmtree(folder / MODEL, ignore_errors=True)
         partial.rename(folder / MODEL)
+    goldens.write(module, folder)

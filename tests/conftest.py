@@ -138,3 +138,30 @@ def shared() -> Path:
     if not (SHARED / "real").is_dir():
         pytest.skip(f"real data is not here ({SHARED.name}/real beside the checkout)")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tuned_runs(tmp_path_factory, model_folder) -> dict[str, Path]:
+    """A run folder of each adapter, of two steps; tests that change one copy it."""
+    import json
+
+    from lightning_sft import cli
+
+    folder = tmp_path_factory.mktemp("tuned")
+    rows = [{"instruction": f"say {n}", "output": "how are you? " * (1 + n % 3)} for n in range(12)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {}
+    for adapter in ("LoRA", "Full"):
+        with pytest.MonkeyPatch.context() as patch:
+            for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "LIGHTNING_SFT_RUN_FOLDER"):
+                patch.setenv(variable, "0")
+            patch.delenv("LIGHTNING_SFT_RUN_FOLDER")
+            options = {
+                "model.base": model_folder("llama"), "model.adapter": adapter, "model.learning_rate": 0.01,
+                "data.train": folder / "rows.jsonl", "data.val_split": 4, "data.batch_size": 4,
+                "trainer.accelerator": "cpu", "trainer.max_steps": 2, "trainer.default_root_dir": folder / adapter,
+                "trainer.enable_progress_bar": False,
+            }  # fmt: skip
+            cli.run(["fit", *(f"--{key}={value}" for key, value in options.items())])
+        found[adapter] = folder / adapter
+    return found

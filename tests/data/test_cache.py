@@ -200,7 +200,7 @@ def with_template(tokenizer):
         {"source": {"limit": 8}},
         {"source": {"format": Messages()}},
     ],
-    ids=str,
+    ids=["token", "template", "prompt_weight", "train_on_eot", "max_length", "overlong", "limit", "format"],
 )
 def test_a_change_of_tokenizer_template_or_option_makes_it_anew(change, data, folder, tokenizer):
     def again(*, tokenizer=tokenizer, policies=None, options=None, source=None) -> Prepared:

@@ -1,0 +1,112 @@
+"""Points between base and tuned model: their weights and losses by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightning_sft import SFTError
+from lightning_sft.interpolate import interpolate
+from lightning_sft.run_folder import CHECKPOINTS
+
+
+@pytest.fixture
+def copy(tuned_runs, tmp_path):
+    """A function that copies a run."""
+
+    def copied(adapter: str) -> Path:
+        return Path(shutil.copytree(tuned_runs[adapter], tmp_path / adapter))
+
+    return copied
+
+
+@pytest.fixture
+def general(tmp_path) -> str:
+    path = tmp_path / "general.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("hello there", "how are you? " * 5))
+    )
+    return str(path)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def losses(folder: Path, run: Path, texts: list[str]) -> tuple[float, float]:
+    """Validation and general loss of a model folder, row by row."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    golden = json.loads((run / "goldens.json").read_text())
+    rows = [(e["input_ids"], e["weights"]) for e in golden["examples"]]
+    found = []
+    for part in (rows, [(ids, [1.0] * len(ids)) for ids in (tokenizer(text)["input_ids"] for text in texts)]):
+        total = count = 0.0
+        for ids, weight in part:
+            with torch.no_grad():
+                log_p = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+            own = log_p.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            total -= float((own * torch.tensor(weight[1:], dtype=torch.float64)).sum())
+            count += sum(weight[1:])
+        found.append(total / count)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("adapter", ["Full", "LoRA"])
+def test_a_point_has_the_weights_between(adapter, copy, general, model_folder, tmp_path):
+    from lightning_sft.export import export
+
+    run = copy(adapter)
+    interpolate(str(run), points="0,0.25,1", general=general, write=0.25, output=str(tmp_path / "quarter"))
+    tuned = run / "model"
+    if adapter == "LoRA":
+        export(str(run), str(tmp_path / "merged"), merge=True)
+        tuned = tmp_path / "merged"
+    base, end, found = (weights(folder) for folder in (model_folder("llama"), tuned, tmp_path / "quarter"))
+    assert any(not torch.equal(base[name], end[name]) for name in base)
+    for name in base:
+        assert torch.allclose(found[name], base[name] + 0.25 * (end[name] - base[name]), atol=1e-6), name
+    points = json.loads((run / "interpolation.json").read_text())
+    texts = [json.loads(line)["text"] for line in Path(general).read_text().splitlines()]
+    for point, folder in zip(points, (model_folder("llama"), tmp_path / "quarter", tuned), strict=True):
+        expected = losses(folder, run, texts)
+        assert (point["validation"], point["general"]) == pytest.approx(expected, rel=1e-5)
+    assert (run / "interpolation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("adapter", ["Full", "LoRA"])
+def test_checkpoints_are_averaged(adapter, copy, general, tmp_path):
+    run = copy(adapter)
+    last = run / CHECKPOINTS / "last.ckpt"
+    saved = torch.load(last, weights_only=True)
+    name = next(iter(saved["state_dict"]))
+    saved["state_dict"][name] = saved["state_dict"][name] + 1.0
+    torch.save(saved, run / CHECKPOINTS / "other.ckpt")
+    options = {"points": "1", "general": general, "write": 1.0}
+    interpolate(str(run), **options, output=str(tmp_path / "mean"), average=["last.ckpt", "other.ckpt"])
+    interpolate(str(run), **options, output=str(tmp_path / "alone"), average=["last.ckpt"])
+    mean, alone = weights(tmp_path / "mean"), weights(tmp_path / "alone")
+    moved = [key for key in mean if not torch.allclose(mean[key], alone[key])]
+    assert len(moved) == 1
+    if adapter == "Full":
+        assert torch.allclose(mean[moved[0]], alone[moved[0]] + 0.5, atol=1e-6)
+
+
+def test_mistakes_are_told(copy, tmp_path, general):
+    run = copy("LoRA")
+    for options, says in (
+        ({"points": "a"}, "no values of α"),
+        ({"average": ["none.ckpt"]}, "no such checkpoint"),
+        ({"general": str(tmp_path / "none.jsonl")}, "no such file"),
+    ):
+        with pytest.raises(SFTError, match=says):
+            interpolate(str(run), **{"general": general, **options})
+    with pytest.raises(SFTError, match="no run folder"):
+        interpolate(str(tmp_path))
