@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lightning_sft import __version__
+from lightning_sft import __version__, ranks
 from lightning_sft.errors import SFTError
 
 COMMANDS = {
@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
         print(end="", flush=True)
     except SFTError as error:
-        _tell(str(error))
+        if ranks.failed(2) is None:
+            _tell(str(error))
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if (status := ranks.failed(1)) is not None:
+            return status  # another process of the run failed first, and has said why
         from lightning_sft.blame import blame
 
         fault = blame(error)

@@ -21,7 +21,10 @@ from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.sources import Source
 from lightning_sft.errors import SFTError
 from lightning_sft.evaluation.trainer import SFTTrainer
+from lightning_sft.ranks import is_first_process
+from lightning_sft.training import strategies
 from lightning_sft.training.checkpoints import AtomicCheckpointIO, LastCheckpoint
+from lightning_sft.training.launching import use_launcher
 from lightning_sft.training.metrics_file import MetricsFile
 from lightning_sft.training.models import load_checkpoint
 from lightning_sft.training.module import SFTModule
@@ -108,6 +111,8 @@ class SFTCommand(LightningCLI):
         chosen = self.config[self.subcommand]
         for part in ("train", "val", "test"):
             _refuse_broken_list(f"data.{part}", chosen.data[part])
+        strategy = chosen.trainer.strategy
+        strategies.check_name(strategy if isinstance(strategy, str) else strategy.class_path)
         if self.subcommand != "fit":
             if chosen.ckpt_path is not None:
                 chosen.ckpt_path = str(
@@ -124,7 +129,7 @@ class SFTCommand(LightningCLI):
             return
         if self.resumed is not None and self.resumed.folder is not None:
             trainer.default_root_dir = str(self.resumed.folder)
-        name = Path(str(chosen.config[-1])).stem if chosen.config else "run"
+        name = Path(str(chosen.config[0])).stem if chosen.config else "run"
         again = asked == resume.LAST_RUN_OR_NEW or (
             self.resumed is not None and self.resumed.folder is not None
         )
@@ -155,7 +160,7 @@ class SFTCommand(LightningCLI):
         if self.resumed.folder is not None:
             self.steps_done = int(saved["global_step"])
             epoch, batch = position(saved)
-            if run_folder.is_first_process():
+            if is_first_process():
                 print(
                     f"Continuing {self.resumed.folder} after step {self.steps_done} (epoch {epoch + 1}, batch {batch})."
                 )
@@ -181,7 +186,7 @@ class SFTCommand(LightningCLI):
         if self.folder is None:
             kwargs.setdefault("logger", given["logger"] or False)
             kwargs.setdefault("enable_checkpointing", _has(callbacks, ModelCheckpoint))
-            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+            return self._checked(super().instantiate_trainer(callbacks=callbacks, **kwargs))
         keeps = given["enable_checkpointing"] is not False
         if keeps and self._is_validated() and not _has(callbacks, ModelCheckpoint):
             callbacks.append(self._best())
@@ -196,7 +201,15 @@ class SFTCommand(LightningCLI):
         callbacks.insert(0, self.writer)  # before the user's: a callback that fails must not cost the model
         if keeps:
             callbacks.insert(0, self._get(self.config_init, "checkpoints"))  # before any hook of a next batch
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        return self._checked(super().instantiate_trainer(callbacks=callbacks, **kwargs))
+
+    def _checked(self, trainer: Trainer) -> Trainer:
+        """The trainer, if its strategy and precision go with the adapter."""
+        asked = self._get(self.config_init, "trainer")["precision"]
+        precision = None if asked is None else str(asked)
+        strategies.check(trainer, self.model.adapter, self.model.optimizer, precision)
+        use_launcher(trainer)
+        return trainer
 
     def _is_validated(self) -> bool:
         return bool(self.datamodule.sources["val"]) or self.datamodule.val_split is not None
@@ -235,8 +248,7 @@ class SFTCommand(LightningCLI):
                     where=f"--ckpt_path {self.resumed.checkpoint}" if self.resumed else "trainer",
                     fix="raise trainer.max_epochs, max_steps or max_time",
                 )
-            if self.trainer.is_global_zero:
-                run_folder.export(self.model, self.resumed.folder)
+            run_folder.export(self.model, self.resumed.folder)
         if self.folder is not None and self.trainer.is_global_zero:
             print(
                 f"\nThe run is in {self.folder}: "

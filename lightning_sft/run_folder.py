@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_sft import goldens, model_card
 from lightning_sft.errors import SFTError
+from lightning_sft.ranks import is_first_process
 from lightning_sft.training.models import ADAPTER_CONFIG, MODEL_CONFIG
 
 CONFIG, LEDGER, METRICS = "config.yaml", "ledger.json", "metrics.csv"
@@ -84,11 +85,6 @@ def release(folder: Path) -> None:
         _unlock(folder)
         with suppress(OSError):
             folder.rmdir()
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that decides; the others are told by it, or find the same as it."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def told() -> Path | None:
@@ -197,8 +193,7 @@ class RunFolder(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Export what was trained; `model/` is there only when it is whole."""
-        if trainer.is_global_zero:
-            export(pl_module, Path(trainer.default_root_dir))
+        export(pl_module, Path(trainer.default_root_dir))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Export again what a callback has put in place of the last step's weights."""
@@ -207,11 +202,13 @@ class RunFolder(Callback):
 
 
 def export(module: Any, folder: Path) -> None:
-    """Write `model/` of the run; it is there only when it is whole."""
+    """Write `model/` of the run, from rank 0; it is there only when it is whole. All ranks call this."""
     partial = folder / f"{MODEL}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    if module.global_rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
     module.export(partial)
-    model_card.write(partial, folder)
-    shutil.rmtree(folder / MODEL, ignore_errors=True)
-    partial.rename(folder / MODEL)
+    if module.global_rank == 0:
+        model_card.write(partial, folder)
+        shutil.rmtree(folder / MODEL, ignore_errors=True)
+        partial.rename(folder / MODEL)
     goldens.write(module, folder)

@@ -382,8 +382,8 @@ def an_accelerator_that_does_not_exist(place: Place) -> list[str]:
     return place.fit("--trainer.accelerator", "nonsense")
 
 
-@says("trainer.strategy", "ModelParallelStrategy is not supported yet", "use auto or ddp")
-def a_strategy_that_shards_weights(place: Place) -> list[str]:
+@says("trainer.strategy", "ModelParallelStrategy can't train here", "tensor parallel", "use fsdp2")
+def a_strategy_that_splits_layers(place: Place) -> list[str]:
     strategy = (
         "{class_path: ModelParallelStrategy, init_args: {data_parallel_size: 1, tensor_parallel_size: 1}}"
     )

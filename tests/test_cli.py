@@ -19,6 +19,7 @@ from lightning.pytorch import Callback
 from lightning_sft.__main__ import main
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+STRATEGIES = sorted((Path(__file__).parents[1] / "configs/strategies").glob("*.yaml"))
 ROWS = [{"instruction": f"say {n}", "output": f"hello {n}"} for n in range(14)]
 
 
@@ -204,7 +205,19 @@ def test_a_shipped_config_parses(capsys: pytest.CaptureFixture[str], path: Path)
     assert (config["model"]["base"], config["data"]["train"]) == ("model", "rows.jsonl")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_strategy_stands_behind_any_config(capsys, path: Path, strategy: Path) -> None:
+    plain = configured(capsys, "--config", str(path))
+    spread = configured(capsys, "--config", str(path), "--config", str(strategy))
+    own = yaml.safe_load(strategy.read_text())
+    for section, options in own.items():
+        for key in options:
+            plain[section].pop(key), spread[section].pop(key)
+    assert spread == plain
+
+
+@pytest.mark.parametrize("path", CONFIGS + STRATEGIES, ids=lambda path: path.name)
 def test_a_shipped_config_explains_each_key(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
@@ -339,12 +352,12 @@ def printed_loss(printed: str, stage: str) -> float:
 # -------------------------------------------------------------------------------------- where a run goes
 
 
-def test_the_default_folder_is_named_after_the_last_config_and_counts_up(here: Path) -> None:
+def test_the_default_folder_is_named_after_the_first_config_and_counts_up(here: Path) -> None:
     (here / "more.yaml").write_text("data: {batch_size: 2}\n")
     assert main(["fit", "--config", "my.yaml"]) == 0
     assert main(["fit", "--config", "my.yaml"]) == 0
     assert main(["fit", "--config", "my.yaml", "--config", "more.yaml"]) == 0
-    assert {path.name for path in (here / "runs").iterdir()} == {"my-1", "my-2", "more-1"}
+    assert {path.name for path in (here / "runs").iterdir()} == {"my-1", "my-2", "my-3"}
 
 
 def test_the_folder_can_be_chosen(here: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
 from importlib import import_module
@@ -21,7 +22,7 @@ from lightning_sft.__main__ import main
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md", "docs/fine-tuning.md", "docs/data.md", "docs/evaluation.md", "docs/forgetting.md", "docs/plan.md",
-    "docs/plugins.md",
+    "docs/plugins.md", "docs/distributed.md",
 ]  # fmt: skip
 
 
@@ -30,19 +31,38 @@ def commands(page: str) -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
-def test_the_commands_of_the_page_run(page, tmp_path, monkeypatch, model_folder, capfd):
+def starts_processes(line: str) -> bool:
+    return "--trainer.devices 2" in line
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, model_folder):
+    """A folder with what the pages take for granted."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     shutil.copytree(model_folder("llama"), tmp_path / "my-model")
     rows = [{"instruction": f"say {n}", "input": "", "output": f"{n} {n}"} for n in range(40)]
     (tmp_path / "my-data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_the_commands_of_the_page_run(page, here, capfd):
     for line in commands(page):
         program, *arguments = shlex.split(line)
         assert program == "lightning-sft", f"{line}: only lightning-sft commands can be shown as bash"
-        if "ddp" in arguments:
-            continue  # starts processes: tests/training/test_invariance.py
+        if starts_processes(line):
+            continue
         assert main(arguments) == 0, f"{line}\n{capfd.readouterr().err}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line", [line for page in PAGES for line in commands(page) if starts_processes(line)]
+)
+def test_a_command_that_starts_processes_runs(line, here):
+    command = [sys.executable, "-m", "lightning_sft", *shlex.split(line)[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_links_between_pages_lead_somewhere():

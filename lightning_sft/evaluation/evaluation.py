@@ -23,6 +23,7 @@ from lightning_sft.evaluation.requests import Answered, Item
 from lightning_sft.evaluation.results import Record, Results
 from lightning_sft.evaluation.scorer import Scorer
 from lightning_sft.training.fingerprint import weights_digest
+from lightning_sft.training.fsdp2 import is_sharded
 from lightning_sft.training.models import load_model, load_trained
 
 if TYPE_CHECKING:
@@ -214,8 +215,7 @@ def _loaded_anew(module: SFTModule) -> PreTrainedModel:
 
 def _share_of(module: SFTModule) -> tuple[int, int]:
     """The process's number and how many share the items; a sharded model needs all processes for each."""
-    sharded = any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
-    return (0, 1) if sharded else (module.trainer.global_rank, module.trainer.world_size)
+    return (0, 1) if is_sharded(module.loaded) else (module.trainer.global_rank, module.trainer.world_size)
 
 
 def _gathered(mine: dict[int, Answered], world: int) -> list[dict[int, Answered]]:

@@ -24,6 +24,7 @@ from lightning_sft.evaluation.requests import (
     RollingLogLikelihood,
 )
 from lightning_sft.evaluation.sharing import Ids, Row, Target, batches_of, groups_of, rows_of
+from lightning_sft.training.fsdp2 import gathered
 from lightning_sft.training.layout import evaluating, stock_attention
 from lightning_sft.training.models import context_length as context_length_of
 
@@ -43,7 +44,7 @@ class Scorer:
 
     The definitions (how text is tokenised at the boundary, BOS, truncation, windows, stop texts) are those of
     lm-evaluation-harness 0.4. Answers don't depend on the order of the requests or the size of batches, beyond
-    the rounding of the model's precision.
+    the rounding of the model's precision. With a sharded model (FSDP2) every rank has to ask, and the same.
 
     Args:
         model: A causal language model of transformers, or peft's wrapper of one.
@@ -148,6 +149,7 @@ class Scorer:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(stock_attention(self.model))
             stack.enter_context(torch.no_grad())
+            stack.enter_context(gathered(self.model))
             yield self._forward
 
     def _likelihoods(

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder blocks, as the model itself names them (`_no_split_modules`)."""
     names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    # A sharded block has a class of its own, below the model's.
+    return [part for part in model.modules() if names & {cls.__name__ for cls in type(part).__mro__}]
 
 
 def compile_blocks(model: PreTrainedModel) -> int:

@@ -50,7 +50,7 @@ def done_so_far(module: SFTModule, trainer: Trainer) -> Facts:
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "trainer.limit_train_batches": trainer.limit_train_batches,
         "processes": trainer.world_size,
-        "frozen weights of the base": frozen_digest(module),
+        "frozen weights of the base": module.frozen,
         "chat template": _short(hashlib.sha256(module.renderer.chat_template.encode())),
         **({"model.new_tokens": str(module.new_tokens)} if module.new_tokens else {}),
         **_options("model.adapter", module.adapter),
@@ -70,7 +70,7 @@ def to_come(module: SFTModule, trainer: Trainer) -> Facts:
         "steps of the run": module.total_steps(),
         "trainer.precision": str(trainer.precision),
         "trainer.gradient_clip_val": trainer.gradient_clip_val,
-        "trainer.gradient_clip_algorithm": trainer.gradient_clip_algorithm,
+        "trainer.gradient_clip_algorithm": getattr(trainer.gradient_clip_algorithm, "value", None),
         **_options("model.loss", module.loss),
     }
 

@@ -22,6 +22,7 @@ from lightning_sft.data.batch import Batch, Collate, flatten, pad
 from lightning_sft.errors import SFTError
 from lightning_sft.training import attention
 from lightning_sft.training.head import Head, head_of, weighted_loss
+from lightning_sft.training.shards import local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -189,16 +190,16 @@ def works_around(model: nn.Module, inner: PreTrainedModel, row: Tensor) -> bool:
 @contextmanager
 def zeros_moved(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Parameters that are zero throughout get small random values in here."""
-    zeros = [p for p in parameters if not p.detach().any()]
-    before = [p.detach().clone() for p in zeros]  # zeros may have a sign
+    zeros = [p for p in map(local, parameters) if not p.any()]
+    before = [p.clone() for p in zeros]  # zeros may have a sign
     generator = torch.Generator().manual_seed(0)
     try:
         for p in zeros:
-            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
         yield
     finally:
         for p, kept in zip(zeros, before, strict=True):
-            p.data.copy_(kept)
+            p.copy_(kept)
 
 
 def choose_head(inner: PreTrainedModel, row: Tensor, hidden: Tensor) -> tuple[Head, bool]:

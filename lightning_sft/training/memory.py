@@ -15,6 +15,7 @@ from torch import nn
 from lightning_sft.errors import SFTError
 from lightning_sft.training.head import CHUNK
 from lightning_sft.training.layout import causal_lm
+from lightning_sft.training.shards import local
 
 if TYPE_CHECKING:
     from lightning_sft.data.batch import Batch
@@ -89,7 +90,7 @@ def refuse_too_much(module: SFTModule, batch: Batch) -> None:
         return
     if peak.total > machine.total:
         raise _too_little(module, batch, f"{in_gib(machine.total)} of memory are too little")
-    loaded = sum(p.numel() * p.element_size() for p in module.loaded.parameters())
+    loaded = sum(local(p).numel() * p.element_size() for p in module.loaded.parameters())
     if peak.total - loaded > machine.available:
         rank_zero_warn(
             f"{in_words(batch)} needs about {in_gib(peak.total - loaded)}, {in_gib(machine.available)} are available: "

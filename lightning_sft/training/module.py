@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -15,10 +15,12 @@ from lightning_sft import assets, plugins
 from lightning_sft.bases import Adapter, Loss
 from lightning_sft.errors import SFTError
 from lightning_sft.rendering import RenderPolicies
-from lightning_sft.training import advisor, optimizers
+from lightning_sft.training import advisor, optimizers, strategies
 from lightning_sft.training import schedule as schedules
 from lightning_sft.training.compiling import compile_blocks
 from lightning_sft.training.devices import peak_flops
+from lightning_sft.training.fingerprint import frozen_digest
+from lightning_sft.training.fsdp2 import as_forward, shard, whole_parameters
 from lightning_sft.training.guard import GuardedModule, OnBadLoss, Watch, refuse_bad_weights
 from lightning_sft.training.head import NLL
 from lightning_sft.training.initial import initialize
@@ -156,7 +158,9 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
     @cached_property
     def layout(self) -> Layout:
         """How this model takes its batches; found by trying it when first asked."""
-        layout = find_layout(self.loaded, int(self.tokenizer.pad_token_id))
+        with torch.no_grad():
+            trial = partial(find_layout, self.loaded, int(self.tokenizer.pad_token_id))
+            layout = as_forward(self.loaded, trial)
         if layout.padded_because:
             rank_zero_info(f"Rows are padded, not flattened: {layout.padded_because}.")
         if self.compiled:
@@ -187,6 +191,8 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         """
         if self.model is not None:
             return
+        if self._trainer is not None:
+            strategies.check(self.trainer, self.adapter, self.optimizer)
         model = load_model(
             self.base,
             dtype=self.weights_dtype,
@@ -218,6 +224,8 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         self.router = router_loss(self.model, self.router_aux_loss)
         if self.gradient_checkpointing:
             checkpoint_layers(self.model)
+        self.frozen = frozen_digest(self)
+        shard(self)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Moved, never cast: Lightning's `*-true` precisions would round metric sums, RoPE tables and adapters.
@@ -242,8 +250,13 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         self.restored = True
 
     def export(self, folder: Path) -> None:
-        """Write the adapter or model with tokenizer, chat template and generation config to `folder`."""
+        """Write adapter or model, tokenizer, chat template and generation config: rank 0, but all ranks call this."""
         refuse_bad_weights(self)
+        with whole_parameters(self.loaded):
+            if self.global_rank == 0:
+                self._write(folder)
+
+    def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         generation = causal_lm(self.loaded).generation_config
         generation.eos_token_id = list(self.renderer.stop_token_ids)
@@ -283,7 +296,8 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         router = self.router if torch.is_grad_enabled() else None
         self.watch.batch = batch
         with explained(self):
-            return batch_loss(self.loaded, batch, self.layout, loss, router)
+            compute = partial(batch_loss, self.loaded, batch, self.layout, loss, router)
+            return as_forward(self.loaded, compute)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The micro-batch's share of the step's loss, scaled so that gradients add up to d(Σ w·loss / N).

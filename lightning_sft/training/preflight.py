@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -32,9 +31,11 @@ from torch import Tensor, nn
 from lightning_sft import plugins
 from lightning_sft.errors import SFTError
 from lightning_sft.training import memory, optimizers
+from lightning_sft.training.fsdp2 import is_sharded
 from lightning_sft.training.head import NLL
 from lightning_sft.training.layout import evaluating, zeros_moved
 from lightning_sft.training.models import load_checkpoint
+from lightning_sft.training.shards import local
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -76,19 +77,13 @@ def check_trainer(trainer: Trainer) -> None:
     """Refuse what would make the plan's step sizes wrong.
 
     Raises:
-        SFTError: Accumulation changes over the run, weights are sharded, or Lightning would replace the batch order.
+        SFTError: Accumulation changes over the run, or Lightning would replace the batch order.
     """
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise SFTError(
             "GradientAccumulationScheduler changes how many tokens a step has behind the batch plan's back",
             where="trainer.callbacks",
             fix="set trainer.accumulate_grad_batches",
-        )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        raise SFTError(
-            f"{type(trainer.strategy).__name__} is not supported yet: the loss would see sharded weights",
-            where="trainer.strategy",
-            fix="use auto or ddp",
         )
     if trainer.overfit_batches:  # type: ignore[attr-defined]
         raise SFTError(
@@ -161,11 +156,12 @@ def _check_gradients(
     with memory.explained(module):
         each = optimizers.state_bytes(module)  # AdamW's averages, or what another optimizer keeps
         room = [
-            torch.empty(int(each * p.numel()), dtype=torch.uint8, device=p.device) for p in trained.values()
+            torch.empty(int(each * p.numel()), dtype=torch.uint8, device=p.device)
+            for p in map(local, trained.values())
         ]
         loss, gradients = _gradients(module, batch, trained)
         del room
-    found = _judge(gradients)
+    found = _judge(module, gradients)
     del gradients
     value = float(loss)
     wrong = [name for name, (finite, _) in found.items() if not finite]
@@ -177,7 +173,7 @@ def _check_gradients(
     still = [name for name, (_, moves) in found.items() if not moves]
     if still:
         with zeros_moved(trained.values()):
-            second = _judge(_gradients(module, small, {name: trained[name] for name in still})[1])
+            second = _judge(module, _gradients(module, small, {name: trained[name] for name in still})[1])
         still = [name for name in still if not second.get(name, (True, False))[1]]
     if len(unreached) + len(still) == len(trained):
         raise SFTError(
@@ -201,17 +197,35 @@ def _gradients(
             module.router.mean()
     if not loss.requires_grad:
         return loss, {}
+    if is_sharded(module.loaded):
+        return loss.detach(), _sharded_gradients(module, loss, parameters)
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     found = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
     return loss.detach(), found
 
 
-def _judge(gradients: dict[str, Tensor]) -> dict[str, tuple[bool, bool]]:
+def _sharded_gradients(
+    module: SFTModule, loss: Tensor, parameters: dict[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """What this rank has of the mean gradients over the ranks; autograd by itself doesn't know of shards."""
+    loss.backward()
+    found = {name: local(p.grad) for name, p in parameters.items() if p.grad is not None}
+    module.zero_grad(set_to_none=True)
+    return found
+
+
+def _judge(module: SFTModule, gradients: dict[str, Tensor]) -> dict[str, tuple[bool, bool]]:
     """Of each gradient, whether it is finite and whether any of it isn't zero."""
     if not gradients:
         return {}
-    verdicts = torch.stack([torch.stack((g.isfinite().all(), g.any())) for g in gradients.values()])
-    return {name: (finite, moves) for name, (finite, moves) in zip(gradients, verdicts.tolist(), strict=True)}
+    verdicts = torch.stack([torch.stack((~g.isfinite().all(), g.any())) for g in gradients.values()])
+    if is_sharded(module.loaded):
+        verdicts = verdicts.int()
+        torch.distributed.all_reduce(verdicts, torch.distributed.ReduceOp.MAX)
+    return {
+        name: (not wrong, bool(moves))
+        for name, (wrong, moves) in zip(gradients, verdicts.tolist(), strict=True)
+    }
 
 
 def _report_bad_numbers(module: SFTModule, batch: Batch, loss: float, wrong: list[str]) -> None:
@@ -280,7 +294,10 @@ def _check_checkpoint(module: SFTModule, batch: Batch) -> bool:
         with TemporaryDirectory(prefix=".preflight-", dir=root if root.is_dir() else None) as folder:
             path = Path(folder) / "preflight.ckpt"
             module.trainer.save_checkpoint(path, weights_only=True)
-            if module.trainer.is_global_zero:
+            if is_sharded(module.loaded):
+                _compare(module, batch, trained, module.trainer.strategy.broadcast(path))
+                module.trainer.strategy.barrier()
+            elif module.trainer.is_global_zero:
                 _compare(module, batch, trained, path)
     except OSError as error:
         raise SFTError(
@@ -292,17 +309,17 @@ def _check_checkpoint(module: SFTModule, batch: Batch) -> bool:
 
 
 def _compare(module: SFTModule, batch: Batch, trained: dict[str, nn.Parameter], path: Path) -> None:
-    before = {name: p.detach().clone() for name, p in trained.items()}
+    before = {name: local(p).clone() for name, p in trained.items()}
     expected = _evaluate(module, batch)
     try:
         for p in trained.values():
-            p.data.fill_(0.01)
-        module.load_state_dict(load_checkpoint(path)["state_dict"], strict=False)
+            local(p).fill_(0.01)
+        module.trainer.strategy.load_model_state_dict(load_checkpoint(path), strict=False)
         loss = _evaluate(module, batch)
-        lost = [name for name, p in trained.items() if not torch.equal(p, before[name])]
+        lost = [name for name, p in trained.items() if not torch.equal(local(p), before[name])]
     finally:
         for name, p in trained.items():
-            p.data.copy_(before[name])
+            local(p).copy_(before[name])
     if lost or not (loss == expected or math.isclose(loss, expected, rel_tol=1e-5) or math.isnan(expected)):
         raise SFTError(
             f"a checkpoint does not bring back what was saved: the loss is {loss:.6g}, not {expected:.6g}"

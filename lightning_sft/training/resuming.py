@@ -34,6 +34,8 @@ class Resumable(LightningModule):
         self.exact_resume = True
         """Whether `fit` from a checkpoint must be the run that made it. If not, it may differ in the steps to
         come (rate, schedule, length, loss), but not in what has been done (data, order, base, adapter)."""
+        self.frozen: str | None = None
+        """The digest of the frozen weights as they were loaded, whole; see `fingerprint.frozen_digest`."""
         self._resumed_run: dict[str, Any] | None = None
         self._facts: dict[str, fingerprint.Facts] = {}
 
@@ -110,7 +112,10 @@ class Resumable(LightningModule):
         if run is not None:
             done = fingerprint.differences(run["done"], fingerprint.done_so_far(module, trainer))
             to_come = fingerprint.differences(run["to_come"], fingerprint.to_come(module, trainer))
-            fix = "use the configuration and data of that run (its config.yaml), or start a new run"
+            fix = (
+                "use the configuration and data of that run (its config.yaml), or start a new run; its weights alone "
+                "go on as another run's model.base: `lightning-sft export RUN`, with --merge for adapters"
+            )
             if self.exact_resume:
                 fingerprint.refuse(done + to_come, fix=f"{fix}; docs/fine-tuning.md says what may change")
             fingerprint.refuse(done, fix=fix)

@@ -78,15 +78,17 @@ class BeforeAfter(Callback):
         self.before: Measured | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the base."""
-        if trainer.is_global_zero and self.before is None:
+        """Measure the base; on every rank, as each may have a part of it."""
+        if self.before is None:
             self.before = self.measure(cast("SFTModule", pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the tuned model, and show both."""
-        if not trainer.is_global_zero or self.before is None:
+        if self.before is None:
             return
         after = self.measure(cast("SFTModule", pl_module))
+        if not trainer.is_global_zero:
+            return
         path = Path(trainer.default_root_dir) / "before_after.json"
         result = {"before": asdict(self.before), "after": asdict(after)}
         path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
