@@ -197,7 +197,7 @@ class RunFolder(Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Export again what a callback has put in place of the last step's weights."""
-        if pl_module.restored and trainer.is_global_zero:
+        if pl_module.restored:
             export(pl_module, Path(trainer.default_root_dir))
 
 

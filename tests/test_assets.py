@@ -104,7 +104,7 @@ class TestModel:
             accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False
         )
         trainer.validate(module, data, verbose=False)
-        measured = BeforeAfter("tiny:held_out", "tiny:general", "tiny:facts").measure(trainer, module)
+        measured = BeforeAfter("tiny:held_out", "tiny:general", "tiny:facts").measure(module)
         recorded = json.loads(RECORD.read_text())["scores"]
         assert measured.accuracy >= 0.7
         assert measured.exact_match <= 0.05

@@ -264,6 +264,7 @@ def test_the_run_folder_has_its_parts(finished: Run) -> None:
         "config.yaml",
         "ledger.json",
         "metrics.csv",
+        "goldens.json",
         "checkpoints",
         "model",
     }

@@ -144,7 +144,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         reshard(self.lightning_module)
         for name, parameter in self.lightning_module.named_parameters():
             if name in checkpoint["state_dict"]:
-                part = _part_of(checkpoint["state_dict"][name], parameter)
+                part = part_of(checkpoint["state_dict"][name], parameter)
                 local(parameter).copy_(local(part))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -152,7 +152,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             state = {
-                index: pytree.tree_map_only(Tensor, partial(_part_of, like=parameters[index]), values)
+                index: pytree.tree_map_only(Tensor, partial(part_of, like=parameters[index]), values)
                 for index, values in saved["state"].items()
             }
             optimizer.load_state_dict({**saved, "state": state})
@@ -255,7 +255,7 @@ def _whole_on_rank_zero(tensor: DTensor, *, rank: int) -> Tensor | None:
     return full.cpu() if rank == 0 else None
 
 
-def _part_of(saved: Tensor, like: Tensor) -> Tensor:
+def part_of(saved: Tensor, like: Tensor) -> Tensor:
     """Of a whole tensor the part that this rank has of one of the same shape; other tensors as they are."""
     if not isinstance(like, DTensor) or saved.shape != like.shape:
         return saved

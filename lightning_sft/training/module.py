@@ -20,7 +20,7 @@ from lightning_sft.training import schedule as schedules
 from lightning_sft.training.compiling import compile_blocks
 from lightning_sft.training.devices import peak_flops
 from lightning_sft.training.fingerprint import frozen_digest
-from lightning_sft.training.fsdp2 import as_forward, shard, whole_parameters
+from lightning_sft.training.fsdp2 import as_forward, part_of, shard, whole_parameters
 from lightning_sft.training.guard import GuardedModule, OnBadLoss, Watch, refuse_bad_weights
 from lightning_sft.training.head import NLL
 from lightning_sft.training.initial import initialize
@@ -246,7 +246,10 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
 
     def restore(self, weights: dict[str, Tensor]) -> None:
         """Take these weights of what is trained, as a checkpoint's `state_dict` holds them; the run ends with them."""
-        self.load_state_dict(weights, strict=False)
+        parameters = dict(self.named_parameters())
+        with torch.no_grad():
+            for name, value in weights.items():
+                parameters[name].copy_(part_of(value, parameters[name]))
         self.restored = True
 
     def export(self, folder: Path) -> None:

@@ -220,7 +220,7 @@ def test_the_renderer_has_no_option_that_the_key_leaves_out():
     import inspect
 
     assert list(inspect.signature(Renderer.__init__).parameters) == [
-        "self", "tokenizer", "chat_template", "policies",
+        "self", "tokenizer", "chat_template", "chat_template_kwargs", "policies",
     ]  # fmt: skip
 
 
