@@ -402,6 +402,7 @@ def test_checkpoints_logger_and_progress_can_be_switched_off(
     assert {path.name for path in (here / "runs" / "my-1").iterdir()} == {
         "config.yaml",
         "ledger.json",
+        "goldens.json",
         "model",
     }
 
