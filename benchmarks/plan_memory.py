@@ -82,7 +82,7 @@ def train(options: list[str]) -> dict[str, float]:
             Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
         load(module)
 
-    SFTModule.configure_model = watched  # type: ignore[method-assign]
+    SFTModule.configure_model = watched
     run(["fit", *options, "--trainer.logger=false", "--trainer.enable_progress_bar=false"])
     return {"before": start[0], "measured": _resident("VmHWM")}
 

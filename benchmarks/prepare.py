@@ -209,7 +209,7 @@ def trl(options: argparse.Namespace, *, prompts: bool) -> dict[str, float]:
 
     figures: dict[str, float] = {}
 
-    class Timed(SFTTrainer):  # type: ignore[misc]
+    class Timed(SFTTrainer):
         def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
             clock = Clock()
             dataset = super()._prepare_dataset(*args, **kwargs)

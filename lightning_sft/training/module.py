@@ -201,6 +201,8 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
             trust_remote_code=self.trust_remote_code,
         )
         self.assemble(model)
+        self.frozen = frozen_digest(self)
+        shard(self)
 
     def assemble(self, model: PreTrainedModel) -> None:
         """Put the adapter into the base, and set what is trained and recomputed.
@@ -224,8 +226,6 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         self.router = router_loss(self.model, self.router_aux_loss)
         if self.gradient_checkpointing:
             checkpoint_layers(self.model)
-        self.frozen = frozen_digest(self)
-        shard(self)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Moved, never cast: Lightning's `*-true` precisions would round metric sums, RoPE tables and adapters.
