@@ -23,7 +23,10 @@ _WITHIN = r"\.|\[\]"  # in a path: what is before is an object or a list
 
 _FORMAT_OPTIONS = ("--to", "--to.help", "--format", "--format.help")
 
-COMMANDS = {"convert": "write the rows of a file, folder or Hub dataset in another format"}
+COMMANDS = {
+    "convert": "write the rows of a file, folder or Hub dataset in another format",
+    "canaries": "write made-up secrets to train on, for MemorizationProbe to look for",
+}
 """The commands of `data`, with the line on each in the overview."""
 
 
@@ -161,6 +164,11 @@ def command(argv: Sequence[str]) -> None:
         raise SFTError(f"no command of data is named {name!r}", fix=f"{hint}commands: {', '.join(COMMANDS)}")
     from lightning_sft import command_line
 
+    if name == "canaries":
+        from lightning_sft.data.canaries import canaries
+
+        command_line.call(canaries, argv[1:], "data canaries")
+        return
     arguments = _as_classes(argv[1:])
     plugins.load_named(plugins.named_in(arguments))
     command_line.call(convert, arguments, "data convert")

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lightning_sft import SFTError, text_losses
+from lightning_sft import (
+    Likelihood,
+    LogLikelihood,
+    Message,
+    Scorer,
+    SFTError,
+    Source,
+    read_rows,
+    text_losses,
+)
 from lightning_sft_callbacks.probing import Probe
 
 if TYPE_CHECKING:
@@ -28,6 +37,10 @@ class MemorizationProbe(Probe):
     - `verbatim`: share of trained rows whose answer greedy decoding writes token by token; `verbatim_held_out` of
       held-out ones.
 
+    - `exposure`: of canaries that were planted among the training rows (`lightning-sft data canaries`), how likely
+      their number is among random ones of the same form, in bits: log2(candidates) − log2(rank), the mean over canaries
+      (Carlini et al., 2019). About 1 for a model that knows nothing, log2(candidates) for one that knows all.
+
     All in `memorization.json`. It needs validation data.
 
     Args:
@@ -38,7 +51,9 @@ class MemorizationProbe(Probe):
         max_auc: What an `auc` above this leads to, see `then`; null: to nothing.
         max_verbatim: The same for `verbatim` minus that of held-out rows.
         then: `warn` once, or `stop` the training.
-        seed: Which rows are drawn.
+        seed: Which rows and which candidates are drawn.
+        canaries: The file of canaries that is trained on.
+        candidates: Random numbers that each canary is ranked among, itself included.
     """
 
     file = "memorization"
@@ -54,13 +69,15 @@ class MemorizationProbe(Probe):
         max_verbatim: float | None = None,
         then: Literal["warn", "stop"] = "warn",
         seed: int = 0,
+        canaries: str | None = None,
+        candidates: int = 256,
     ) -> None:
         super().__init__(every_n_steps)
-        if examples < 2 or draws < 1 or not 0 < probability < 1:
+        if examples < 2 or draws < 1 or not 0 < probability < 1 or candidates < 2:
             raise SFTError(
-                f"examples is {examples}, draws {draws}, probability {probability}",
+                f"examples is {examples}, draws {draws}, probability {probability}, candidates {candidates}",
                 where="MemorizationProbe",
-                fix="give at least 2 examples, 1 draw, and a probability between 0 and 1",
+                fix="give at least 2 examples, 1 draw, 2 candidates, and a probability between 0 and 1",
             )
         self.examples = examples
         self.draws = draws
@@ -69,6 +86,8 @@ class MemorizationProbe(Probe):
         self.max_verbatim = max_verbatim
         self.then = then
         self.seed = seed
+        self.canaries = canaries
+        self.candidates = candidates
         self._warned = False
 
     def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
@@ -92,6 +111,8 @@ class MemorizationProbe(Probe):
             "verbatim": _share([each.greedy for each in trained]),
             "verbatim_held_out": _share([each.greedy for each in held_out]),
         }
+        if self.canaries is not None:
+            record["exposure"] = self._exposure(module, self.canaries)
         if trainer.global_step:
             self._judge(trainer, record)
         return record
@@ -100,6 +121,30 @@ class MemorizationProbe(Probe):
         """Whether an answer of this negative log-likelihood comes out in `draws` samples with `probability`."""
         once = math.exp(-nll)
         return once >= 1 or -math.expm1(self.draws * math.log1p(-once)) >= self.probability
+
+    def _exposure(self, module: SFTModule, path: str) -> float:
+        numbers = np.random.default_rng(self.seed)
+        requests = []
+        for meta, row in read_rows(Source(path)):
+            asked, answer = row.get("instruction"), row.get("output")
+            if not isinstance(asked, str) or not isinstance(answer, str) or not answer.isdigit():
+                raise SFTError(
+                    "the row is no canary",
+                    where=f"MemorizationProbe.canaries: {meta}",
+                    fix="make the file with lightning-sft data canaries",
+                )
+            others = [
+                "".join(map(str, numbers.integers(0, 10, len(answer)))) for _ in range(self.candidates - 1)
+            ]
+            prompt = (Message("user", asked),)
+            requests.append([LogLikelihood(prompt, text) for text in (answer, *others)])
+        answers = Scorer.of(module).run([each for canary in requests for each in canary])
+        scores = [each.log_likelihood for each in answers if isinstance(each, Likelihood)]
+        ranks = [
+            sum(other >= scores[start] for other in scores[start : start + self.candidates])
+            for start in range(0, len(scores), self.candidates)
+        ]
+        return sum(exposure(rank, self.candidates) for rank in ranks) / len(ranks)
 
     def _drawn(self, examples: Sequence[Example]) -> list[Example]:
         count = min(self.examples, len(examples))
@@ -127,6 +172,11 @@ class MemorizationProbe(Probe):
             f"step {record['step']}: memorization gap {record['gap']:.3f}, AUC {record['auc']:.2f}, "
             f"verbatim {record['verbatim']:.0%} (held out {record['verbatim_held_out']:.0%})"
         )
+
+
+def exposure(rank: int, candidates: int) -> float:
+    """Bits by which a secret of this rank (1 is the likeliest) is easier to guess than by chance."""
+    return math.log2(candidates) - math.log2(rank)
 
 
 def auc(trained: Sequence[float], held_out: Sequence[float]) -> float:

@@ -43,14 +43,14 @@ def write(path: Path, content: list[dict]) -> str:
 def train(tmp_path, model_folder):
     """A function that trains with callbacks; the run folder is `tmp_path / "run"`."""
 
-    def run(*callbacks, adapter=None, steps: int = 3, rate: float = 0.02, val: bool = True) -> SFTModule:
+    def run(*callbacks, adapter=None, steps=3, rate=0.02, val=True, rows=ROWS[:8]) -> SFTModule:
         torch.manual_seed(0)
         module = SFTModule(base=str(model_folder("llama")), adapter=adapter or LoRA(r=4), learning_rate=rate)
         trainer = Trainer(
             accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, max_steps=steps,
             enable_model_summary=False, callbacks=list(callbacks), default_root_dir=tmp_path / "run",
         )  # fmt: skip
-        data = write(tmp_path / "train.jsonl", ROWS[:8])
+        data = write(tmp_path / "train.jsonl", rows)
         held_out = write(tmp_path / "val.jsonl", ROWS[8:]) if val else None
         trainer.fit(module, SFTDataModule(train=data, val=held_out, batch_size=4, seed=0))
         return module
@@ -97,6 +97,37 @@ def test_rows_learned_by_heart_stand_out(train, tokenizer):
         verbatim.append(log_p.argmax(-1)[len(before) - 1 :].tolist() == ids[len(before) :])
     assert last["trained_loss"] == pytest.approx(sum(losses) / 8, rel=1e-5)
     assert last["verbatim"] == sum(verbatim) / 8
+
+
+def test_exposure_is_the_rank_among_random_secrets(train, tmp_path, tokenizer):
+    from lightning_sft.__main__ import main
+    from lightning_sft_callbacks.memorization import exposure
+
+    assert [exposure(rank, 8) for rank in (1, 2, 8)] == [3.0, 2.0, 0.0]
+    path = tmp_path / "canaries.jsonl"
+    assert main(["data", "canaries", str(path), "--count", "3"]) == 0
+    assert main(["data", "canaries", str(path)]) == 2  # nothing is written over
+    planted = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({row["instruction"] for row in planted}) == 3
+    assert all(len(row["output"]) == 9 and row["output"].isdigit() for row in planted)
+    probe = MemorizationProbe(canaries=str(path), candidates=32)
+    module = train(probe, adapter=Full(), steps=80, rate=0.01, rows=planted)
+    model = module.loaded.eval()
+    model.set_attn_implementation("sdpa")
+    numbers, found = np.random.default_rng(0), []
+    for row in planted:
+        others = ["".join(map(str, numbers.integers(0, 10, 9))) for _ in range(31)]
+        prompt = f"<|im_start|>user\n{row['instruction']}<|im_end|>\n<|im_start|>assistant\n"
+        scores = []
+        for text in (row["output"], *others):
+            start = len(tokenizer(prompt)["input_ids"])
+            ids = tokenizer(prompt + text)["input_ids"]
+            with torch.no_grad():
+                log_p = model(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+            scores.append(float(log_p.gather(1, torch.tensor(ids[1:])[:, None])[start - 1 :].sum()))
+        found.append(5 - math.log2(sum(score >= scores[0] for score in scores)))
+    assert probe.history[-1]["exposure"] == pytest.approx(sum(found) / 3)
+    assert probe.history[-1]["exposure"] > probe.history[0]["exposure"] + 1
 
 
 def test_it_stops_where_it_is_told_to(train):
