@@ -206,7 +206,13 @@ def test_pieces_hold_as_many_exchanges_as_fit_and_each_once(talk, family, kind, 
         assert example.input_ids.tolist() == ids_of(renderer, talk, part)[:max_length]
         if list(part) in whole:
             hold_against_the_law(renderer, FAMILIES[family], talk, part, example)
-    assert bool(lost) == (len(whole) < len(expected))
+    # what is cut off a piece may be text after its last turn, which isn't trained
+    alone = [
+        renderer.render(Conversation(tuple(talk.messages[n] for n in part), talk.tools, META))
+        for part in expected
+        if part not in whole
+    ]
+    assert bool(lost) == any((example.weights[max_length:] > 0).any() for example in alone)
 
 
 def hold_against_the_law(renderer, family, talk, numbers, example):
