@@ -318,6 +318,7 @@ def _draw(points: Sequence[Point], path: Path) -> None:
     axes.set_ylabel("validation loss: what was learned (nats per token)")
     axes.set_title("Between base and tuned model")
     axes.grid(alpha=0.3)
+    axes.margins(0.12)
     figure.savefig(path, dpi=144)
 
 

@@ -42,12 +42,13 @@ def _card(model: Path, run: Path, license: str) -> Iterator[str]:
         "tags": ["lightning-sft", "sft", *(["lora"] if is_adapter else [])],
         "license": license,
     }
-    if not Path(base).exists():  # the Hub's ids only
+    on_hub = "/" in base and not Path(base).exists()
+    if on_hub:
         front["base_model"] = base
         front["base_model_relation"] = "adapter" if is_adapter else "finetune"
     yield f"---\n{yaml.safe_dump(front, sort_keys=False).rstrip()}\n---\n"
     yield f"# {run.resolve().name}\n"
-    name = base if not Path(base).exists() else f"`{Path(base).name}` (a local folder)"
+    name = base if on_hub else f"`{Path(base).name}` (not on the Hub)"
     yield f"{adapter} of {name}, supervised fine-tuning with lightning-sft {__version__}.\n"
     yield from _data(run)
     yield from _training(config, options)

@@ -33,7 +33,7 @@ def test_a_run_writes_a_card_with_data_training_and_scores(run):
     assert f"| {source['rows']:,} | {source['examples']:,} | {source['trained_tokens']:,} |" in text
     assert "| learning_rate | 0.01 |" in text
     assert "| seed | 0 |" in text
-    assert "(a local folder)" in text
+    assert "(not on the Hub)" in text
     assert str(run.parent) not in text  # no paths of this machine
     assert "Not stated" in text
 
