@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -63,6 +64,18 @@ def test_gradients_are_those_of_the_model_as_it_is_and_new_lengths_compile_nothi
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
     assert graphs[1:] == graphs[:1] * 4
+
+
+def test_each_process_of_a_machine_compiles_into_a_folder_of_its_own(monkeypatch, tmp_path):
+    from lightning_sft.training.compiling import _take_own_cache
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = []
+    for rank in ("0", "1", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        _take_own_cache()
+        found.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert found == [str(tmp_path), str(tmp_path / "rank-1"), str(tmp_path / "rank-1")]
 
 
 def test_blocks_are_the_decoders_layers(model):
