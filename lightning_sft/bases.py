@@ -126,8 +126,15 @@ class Adapter(ABC):
             batches: The rank's first micro-batches, as often as wanted. Their `attention_mask` is None where rows are
                 flattened.
             forward: Computes a batch, for hooks in the model to see.
+
+        Raises:
+            SFTError: The adapter looks at rows and doesn't say what for.
         """
-        raise NotImplementedError
+        raise SFTError(
+            f"the {type(self).__name__} adapter has looks_at_rows and no initialize()",
+            where="model.adapter",
+            fix="its author has to define initialize(), or leave looks_at_rows out",
+        )
 
     @contextmanager
     def base_model(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:

@@ -264,12 +264,15 @@ class ExampleStore(Sequence[Example]):
             pairs = zip(starts[at : at + _COPIED].tolist(), lengths[at : at + _COPIED].tolist(), strict=True)
             yield np.concatenate([array[start : start + length] for start, length in pairs])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "_rows": self._rows}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.folder, self._rows)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"], check=False)  # type: ignore[misc]  # another process has checked it
-        self._rows = state["_rows"]
+
+def _reopened(folder: Path, rows: Any) -> ExampleStore:
+    """The store in another process, which needn't check what the first one has checked."""
+    store = ExampleStore(folder, check=False)
+    store._rows = rows
+    return store
 
 
 class _Owner:

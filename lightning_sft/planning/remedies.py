@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lightning_sft import plugins
@@ -116,7 +117,7 @@ def changes(setup: Setup, longest: int) -> Iterator[Change]:
             continue
         yield Change(
             f"model.adapter: {plugin.name}",
-            lambda now, made=made: _with_module(now, adapter=made),  # type: ignore[misc]
+            partial(_with_module, adapter=made),
         )
     if longest >= 64:
         half = longest // 2

@@ -167,7 +167,7 @@ def facts_of(module: SFTModule, callbacks: Sequence[type]) -> Facts:
 
 def tell(module: SFTModule) -> None:
     """Warn of what the run at hand does, on rank zero."""
-    callbacks = [type(each) for each in module.trainer.callbacks]  # type: ignore[attr-defined]
+    callbacks = [type(each) for each in vars(module.trainer)["callbacks"]]
     for rule, says in advice(facts_of(module, callbacks), module.silenced_advice):
         rank_zero_warn(in_words(rule, says))
 
