@@ -7,7 +7,6 @@ segments are must not be compiled in.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -38,19 +37,6 @@ def compile_blocks(model: PreTrainedModel) -> int:
             where="model.compile",
             fix="leave it out",
         )
-    _take_own_cache()
     for block in blocks:
         block.compile(dynamic=True)
     return len(blocks)
-
-
-def _take_own_cache() -> None:
-    """Give each process of a machine a folder of its own for what it compiles.
-
-    Two that fill one empty folder can load libraries which the other hasn't finished writing.
-    """
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    if rank and not cache_dir().endswith(own := f"{os.sep}rank-{rank}"):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_dir() + own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -148,7 +149,7 @@ def put_on(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     from lightning_sft.training.new_tokens import grow_for_adapter
 
-    with _loading("adapter", str(folder), "source"):
+    with _loading("adapter", str(folder), "source"), keeping_compilers():
         grow_for_adapter(model, folder)
         adapted = PeftModel.from_pretrained(model, str(folder))
         if beside := [place for place in sorted(folder.iterdir()) if is_adapter(place)]:
@@ -156,6 +157,24 @@ def put_on(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
                 adapted.load_adapter(str(place), adapter_name=place.name)
             adapted.base_model.set_adapter([adapted.active_adapter, *(place.name for place in beside)])
         return adapted.eval()
+
+
+@contextmanager
+def keeping_compilers() -> Iterator[None]:
+    """Leave the environment's CC and CXX as they were.
+
+    peft sets both to gcc while it tries to build BOFT's CUDA extension, and leaves them so where that fails: what
+    torch.compile links from then on lacks the C++ library.
+    """
+    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is not None:
+                os.environ[name] = value
+            else:
+                os.environ.pop(name, None)
 
 
 def save_quantization(quantization: Any, folder: Path) -> None:

@@ -27,7 +27,7 @@ from lightning_sft.training.initial import initialize
 from lightning_sft.training.layout import Layout, batch_loss, causal_lm, find_layout, stock_attention
 from lightning_sft.training.memory import checkpoint_layers, explained
 from lightning_sft.training.metrics import TokenLoss, TokenPerplexity
-from lightning_sft.training.models import absolute, load_model, save_quantization
+from lightning_sft.training.models import absolute, keeping_compilers, load_model, save_quantization
 from lightning_sft.training.new_tokens import check_trained, grow
 from lightning_sft.training.preflight import check_trainer, preflight
 from lightning_sft.training.resuming import Resumable
@@ -213,7 +213,8 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         model.name_or_path = absolute(self.base)
         grow(model, self.rows)
         self.adapter.new_token_ids = self.rows.trained
-        self.model = self.adapter.prepare(model)
+        with keeping_compilers():
+            self.model = self.adapter.prepare(model)
         check_trained(causal_lm(self.model), self.rows, plugins.describe(self.adapter))
         for config in getattr(self.model, "peft_config", {}).values():
             config.revision = self.revision

@@ -16,6 +16,7 @@ from lightning_sft import SFTDataModule, SFTError, SFTModule
 from lightning_sft.training.attention import Segments
 from lightning_sft.training.compiling import blocks_of, compile_blocks
 from lightning_sft.training.layout import find_layout
+from lightning_sft.training.models import keeping_compilers
 
 
 @pytest.fixture
@@ -66,16 +67,13 @@ def test_gradients_are_those_of_the_model_as_it_is_and_new_lengths_compile_nothi
     assert graphs[1:] == graphs[:1] * 4
 
 
-def test_each_process_of_a_machine_compiles_into_a_folder_of_its_own(monkeypatch, tmp_path):
-    from lightning_sft.training.compiling import _take_own_cache
-
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    found = []
-    for rank in ("0", "1", "1"):
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        _take_own_cache()
-        found.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-    assert found == [str(tmp_path), str(tmp_path / "rank-1"), str(tmp_path / "rank-1")]
+def test_compilers_that_peft_leaves_in_the_environment_are_taken_back(monkeypatch) -> None:
+    monkeypatch.setenv("CXX", "mine")
+    monkeypatch.delenv("CC", raising=False)
+    with keeping_compilers():
+        os.environ |= {"CC": "gcc", "CXX": "gcc"}
+    assert os.environ["CXX"] == "mine"
+    assert "CC" not in os.environ
 
 
 def test_blocks_are_the_decoders_layers(model):
