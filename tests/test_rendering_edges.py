@@ -19,9 +19,12 @@ from chat_families import (
     make_renderer,
     trained_turns,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_sft import Message, Renderer, Segments, SFTError
 from lightning_sft.example import Reason
+from lightning_sft.rendering.encode import _Places
 
 
 def test_weights_of_messages_are_those_of_their_tokens():
@@ -258,3 +261,40 @@ def test_the_generation_prompt_is_the_templates():
     renderer = Renderer(build_tokenizer("bytes"), "plain")
     prompt = renderer.generation_prompt([Message("user", "hi")], [{"name": "f"}])
     assert prompt == f'{BOS}### Tools:\n{{"name": "f"}}\n\n### User:\nhi\n\n### Assistant:\n'
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.integers(0, 3)), max_size=12),
+    st.lists(st.tuples(st.integers(0, 14), st.integers(0, 5)), max_size=6),
+)
+def test_tokens_of_a_range_of_characters_are_found_in_order_as_they_are_one_by_one(tokens, ranges):
+    starts = np.sort([start for start, _ in tokens]).astype(np.int64)
+    ends = np.maximum.accumulate(starts + [length for _, length in tokens]) if tokens else starts
+    places = _Places(np.stack([starts, ends], axis=1))
+    assert places.in_order
+    ranges = [(start, start + length) for start, length in ranges]
+    numbers = np.arange(len(tokens))
+    for (start, end), (begun, reaching), holding in zip(
+        ranges, places.within(ranges), places.at([start for start, _ in ranges]), strict=True
+    ):
+        assert numbers[begun].tolist() == [n for n in numbers if start <= starts[n] < end]
+        assert list(reaching) == [n for n in numbers if starts[n] < start < ends[n]]
+        assert numbers[holding].tolist() == [n for n in numbers if starts[n] <= start < ends[n]]
+
+
+def test_tokens_out_of_order_get_the_weights_of_their_places():
+    renderer = Renderer(build_tokenizer("bytes"))
+    rows = [Segments((("1 2", 0.0), (" 3 4", 1.0)), META), Segments((("x", 0.0), ("yz", 1.0)), META)]
+    expected = renderer.render_all(rows)
+    encoder = renderer._encoder
+    encoded = list(encoder._encoded(["1 2 3 4", "xyz"]))
+    order, first = list(range(len(expected[0]))), int(np.argmax(expected[0].weights > 0))
+    order[first - 1 : first + 1] = [first, first - 1]
+    encoded[0] = tuple([each[n] for n in order[:-1]] for each in encoded[0])
+    encoder._encoded = lambda texts: encoded
+    found = renderer.render_all(rows)
+    assert first > 1
+    assert found[0].input_ids.tolist() == expected[0].input_ids[order].tolist()
+    assert found[0].weights.tolist() == expected[0].weights[order].tolist()
+    assert found[1].input_ids.tolist() == expected[1].input_ids.tolist()
+    assert found[1].weights.tolist() == expected[1].weights.tolist()

@@ -20,15 +20,17 @@ TALKS = [CONVERSATIONS["multi-turn"], CONVERSATIONS["system"], *imitations(FAMIL
 
 def masks(monkeypatch, change):
     """Changes the weights of every example; `change` takes (ids, weights, tokenizer)."""
-    original = encode.Encoder._rendering
+    original = encode.Encoder.encode
 
-    def mutant(self, *arguments):
-        rendering = original(self, *arguments)
-        weights = change(rendering.example.input_ids, rendering.example.weights.copy(), self.tokenizer)
+    def changed(rendering, tokenizer):
+        weights = change(rendering.example.input_ids, rendering.example.weights.copy(), tokenizer)
         reasons = np.where(weights > 0, Reason.TRAINED, Reason.CONTEXT).astype(np.uint8)
         return replace(rendering, example=replace(rendering.example, weights=weights, reasons=reasons))
 
-    monkeypatch.setattr(encode.Encoder, "_rendering", mutant)
+    def mutant(self, layouts):
+        return [changed(rendering, self.tokenizer) for rendering in original(self, layouts)]
+
+    monkeypatch.setattr(encode.Encoder, "encode", mutant)
 
 
 def without_eot(ids, weights, tokenizer):
@@ -149,7 +151,7 @@ LINTS = {
     "an end of turn that is no token": (
         single_word,
         encode.Encoder,
-        "_check_stops",
+        "_check_stop",
         r"of the end-of-turn token <\|im_end\|> here",
     ),
     "two BOS tokens": (doubled_bos, layout._Rendered, "_check_bos", "begins with two BOS tokens"),

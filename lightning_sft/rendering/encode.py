@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +19,9 @@ from lightning_sft.rendering.slow_offsets import slow_offsets
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
+
+_Encoded = tuple[Sequence[int], Sequence[tuple[int, int]]]
+"""The ids of a text's tokens, and of each its first character and the one behind its last."""
 
 _TEMPLATE = Span(0, 0, 0.0, Reason.CONTEXT)
 
@@ -65,13 +68,15 @@ class Encoder:
         """
         if not layouts:
             return []
-        if not self.tokenizer.is_fast:
-            return [self._slowly(layout) for layout in layouts]
-        encoded = self._encoded([layout.text for layout in layouts])
-        pairs = zip(layouts, encoded, strict=True)
-        return [self._rendering(layout, ids, offsets) for layout, (ids, offsets) in pairs]
+        if self.tokenizer.is_fast:
+            encoded = self._encoded([layout.text for layout in layouts])
+        else:
+            encoded = map(self._slowly, layouts)
+        # One text's offsets at a time: as Python's own numbers they take up more than everything else.
+        both = [_surrounded(layout, *each) for layout, each in zip(layouts, encoded, strict=True)]
+        return self._renderings(layouts, [ids for ids, _ in both], [chars for _, chars in both])
 
-    def _encoded(self, texts: list[str]) -> Iterator[tuple[list[int], Sequence[tuple[int, int]]]]:
+    def _encoded(self, texts: list[str]) -> Iterable[_Encoded]:
         """Ids and offsets of each text, as the tokenizer's own call gives them, without that call's many lists."""
         tokenizer = self._offset_tokenizer
         if not self._is_plain:
@@ -99,13 +104,12 @@ class Encoder:
         names = ("__call__", "_encode_plus", "_convert_encoding", "set_truncation_and_padding")
         return all(getattr(type(self.tokenizer), name) is getattr(plain, name) for name in names)
 
-    def _slowly(self, layout: Layout) -> Rendering:
+    def _slowly(self, layout: Layout) -> _Encoded:
         ids = self.tokenizer(layout.text, add_special_tokens=False, verbose=False)["input_ids"]
         try:
-            offsets = slow_offsets(self.tokenizer, ids, layout.text)
+            return ids, slow_offsets(self.tokenizer, ids, layout.text)
         except SFTError as error:
             raise error.at(str(layout.meta)) from None
-        return self._rendering(layout, ids, offsets)
 
     @cached_property
     def _offset_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -123,61 +127,126 @@ class Encoder:
         whole.backend_tokenizer.post_processor = Processors([])
         return whole
 
-    def _rendering(self, layout: Layout, ids: list[int], offsets: Sequence[tuple[int, int]]) -> Rendering:
-        if layout.prefix or layout.suffix:
-            behind = len(layout.text)
-            ids = [*layout.prefix, *ids, *layout.suffix]
-            offsets = [*((-1, -1) for _ in layout.prefix), *offsets]
-            offsets += [(behind, behind + 1) for _ in layout.suffix]
-        tokens = np.array(ids, dtype=np.int32)
-        chars = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids)).reshape(-1, 2)
-        self._check_stops(layout, tokens, chars)
-        spans = (_TEMPLATE, *layout.spans)
-        span_of = self._span_of(layout, tokens, chars)
-        weights = np.array([span.weight for span in spans], dtype=np.float32).take(span_of)
-        reasons = np.array([span.reason for span in spans], dtype=np.uint8).take(span_of)
-        if len(tokens) and weights[0] > 0:
-            weights[0], reasons[0] = 0.0, Reason.FIRST
-        if not weights.any():
-            raise SFTError(
-                "nothing to train on: no token of this row has a weight above 0",
-                where=str(layout.meta),
-                fix="remove the row, or give one of its messages a weight",
-            )
-        turn = None if layout.part is None else layout.part.turn
-        example = Example(tokens, weights, reasons, layout.meta, turn, layout.notes)
-        return Rendering(example, layout.text, chars, spans, span_of, layout.part)
-
-    def _check_stops(self, layout: Layout, tokens: NDArray[np.int32], chars: NDArray[np.int64]) -> None:
-        """Refuse an end of turn that isn't its token here: generation stops on the token, not on the text."""
-        for start, name in layout.stops:
-            found = tokens[(chars[:, 0] <= start) & (chars[:, 1] > start)]
-            if found.tolist() != [self.tokenizer.convert_tokens_to_ids(name)]:
-                made = " ".join(map(repr, self.tokenizer.convert_ids_to_tokens(found.tolist())))
+    def _renderings(
+        self,
+        layouts: Sequence[Layout],
+        ids: Sequence[NDArray[np.int32]],
+        offsets: Sequence[NDArray[np.int64]],
+    ) -> list[Rendering]:
+        """The renderings of all layouts at once: a few operations on long arrays instead of many on short ones."""
+        lengths = list(map(len, ids))
+        bounds = [0, *accumulate(lengths)]
+        tokens, chars = np.concatenate(ids), np.concatenate(offsets)
+        # Counted through all texts, with room for what lies before and behind each.
+        texts = [0, *accumulate(len(layout.text) + 3 for layout in layouts)]
+        places = _Places(chars + np.repeat(np.array(texts[:-1]), lengths)[:, None])
+        spans = [(_TEMPLATE, *layout.spans) for layout in layouts]
+        firsts = [0, *accumulate(map(len, spans))]
+        span_of = np.repeat(np.array(firsts[:-1]), lengths)
+        self._assign(span_of, firsts, layouts, texts, tokens, places)
+        weights = np.array([span.weight for each in spans for span in each], dtype=np.float32).take(span_of)
+        reasons = np.array([span.reason for each in spans for span in each], dtype=np.uint8).take(span_of)
+        for first, length in zip(bounds, lengths, strict=False):
+            if length and weights[first] > 0:
+                weights[first], reasons[first] = 0.0, Reason.FIRST
+        trained = np.concatenate([[0], np.cumsum(weights > 0)])[bounds].tolist()
+        span_of -= np.repeat(np.array(firsts[:-1]), lengths)
+        stops = iter(
+            places.at([t + at for t, layout in zip(texts, layouts, strict=False) for at, _ in layout.stops])
+        )
+        renderings = []
+        for n, layout in enumerate(layouts):
+            for (_, name), found in zip(layout.stops, stops, strict=False):
+                self._check_stop(name, tokens[found].tolist(), layout)
+            if trained[n] == trained[n + 1]:
                 raise SFTError(
-                    f"the tokenizer makes {made} of the end-of-turn token {name} here: no stop for generation",
+                    "nothing to train on: no token of this row has a weight above 0",
                     where=str(layout.meta),
-                    fix="give it single_word: false in the tokenizer, or use another chat template",
+                    fix="remove the row, or give one of its messages a weight",
                 )
+            own = slice(bounds[n], bounds[n + 1])
+            turn = None if layout.part is None else layout.part.turn
+            example = Example(tokens[own], weights[own], reasons[own], layout.meta, turn, layout.notes)
+            renderings.append(
+                Rendering(example, layout.text, chars[own], spans[n], span_of[own], layout.part)
+            )
+        return renderings
 
-    def _span_of(
-        self, layout: Layout, tokens: NDArray[np.int32], chars: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """The number of the span that each token belongs to, counted from 1; 0 is the template's text."""
-        starts, ends = np.ascontiguousarray(chars.T)
-        span_of = np.zeros(len(tokens), dtype=np.int64)
-        in_order = bool((starts[1:] >= starts[:-1]).all() and (ends[1:] >= ends[:-1]).all())
-        for number, span in enumerate(layout.spans, 1):
-            if in_order:
-                first, last = starts.searchsorted((span.start, span.end)).tolist()
-                span_of[first:last] = number
-                reaching = list(range(int(ends.searchsorted(span.start, "right")), first))
-            else:
-                span_of[(starts >= span.start) & (starts < span.end)] = number
-                reaching = np.flatnonzero((starts < span.start) & (ends > span.start)).tolist()
+    def _check_stop(self, name: str, found: list[int], layout: Layout) -> None:
+        """Refuse an end of turn that isn't its token here: generation stops on the token, not on the text."""
+        if found != [self.tokenizer.convert_tokens_to_ids(name)]:
+            made = " ".join(map(repr, self.tokenizer.convert_ids_to_tokens(found)))
+            raise SFTError(
+                f"the tokenizer makes {made} of the end-of-turn token {name} here: no stop for generation",
+                where=str(layout.meta),
+                fix="give it single_word: false in the tokenizer, or use another chat template",
+            )
+
+    def _assign(
+        self,
+        span_of: NDArray[np.int64],
+        firsts: Sequence[int],
+        layouts: Sequence[Layout],
+        texts: Sequence[int],
+        tokens: NDArray[np.int32],
+        places: _Places,
+    ) -> None:
+        """Set the number of the span of each token that isn't the template's."""
+        spans = [(n, span) for n, layout in enumerate(layouts) for span in layout.spans]
+        numbers = (number for n, first in enumerate(firsts[1:]) for number in range(firsts[n] + 1, first))
+        ranges = [(texts[n] + span.start, texts[n] + span.end) for n, span in spans]
+        for (n, span), number, (begun, reaching) in zip(spans, numbers, places.within(ranges), strict=True):
+            span_of[begun] = number
             for i in reaching:
                 # A token that reaches into the span has to be produced, so it is trained; except an added
                 # token of the header that has merely swallowed the whitespace after it.
-                if not (self._added[tokens[i]] and layout.text[span.start : ends[i]].isspace()):
+                inside = layouts[n].text[span.start : places.ends[i] - texts[n]]
+                if not (self._added[tokens[i]] and inside.isspace()):
                     span_of[i] = number
-        return span_of
+
+
+class _Places:
+    """Where tokens lie: `chars`, int64 `[T, 2]`, holds the first character of each and that behind its last one."""
+
+    def __init__(self, chars: NDArray[np.int64]) -> None:
+        self.starts, self.ends = np.ascontiguousarray(chars.T)
+        self.in_order = all(bool((each[1:] >= each[:-1]).all()) for each in (self.starts, self.ends))
+
+    def within(
+        self, ranges: Sequence[tuple[int, int]]
+    ) -> Iterable[tuple[slice | NDArray[np.intp], Iterable[int]]]:
+        """For each range of characters, the tokens that begin in it, and those before it that reach into it."""
+        if not self.in_order:
+            return [
+                (
+                    np.flatnonzero((self.starts >= start) & (self.starts < end)),
+                    np.flatnonzero((self.starts < start) & (self.ends > start)).tolist(),
+                )
+                for start, end in ranges
+            ]
+        edges = np.array(ranges, dtype=np.int64).reshape(-1, 2)
+        begun = self.starts.searchsorted(edges).tolist()
+        reaching = self.ends.searchsorted(edges[:, 0], "right").tolist()
+        return [(slice(*both), range(first, both[0])) for both, first in zip(begun, reaching, strict=True)]
+
+    def at(self, points: Sequence[int]) -> Iterable[slice | NDArray[np.intp]]:
+        """For each character, the tokens that hold it."""
+        if not self.in_order:
+            return [np.flatnonzero((self.starts <= point) & (self.ends > point)) for point in points]
+        firsts = self.ends.searchsorted(points, "right").tolist()
+        return map(slice, firsts, self.starts.searchsorted(points, "right").tolist())
+
+
+def _surrounded(
+    layout: Layout, ids: Sequence[int], offsets: Sequence[tuple[int, int]]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The tokens of a layout's text with those around it, int32 `[T]`, and the characters of each, int64 `[T, 2]`."""
+    tokens = np.array(ids, dtype=np.int32)
+    chars = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids)).reshape(-1, 2)
+    if not (layout.prefix or layout.suffix):
+        return tokens, chars
+    behind = len(layout.text)
+    before, after = [[-1, -1]] * len(layout.prefix), [[behind, behind + 1]] * len(layout.suffix)
+    around = [np.array(each, dtype=np.int64).reshape(-1, 2) for each in (before, after)]
+    ends = [np.array(each, dtype=np.int32) for each in (layout.prefix, layout.suffix)]
+    return np.concatenate([ends[0], tokens, ends[1]]), np.concatenate([around[0], chars, around[1]])

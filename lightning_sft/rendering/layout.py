@@ -92,10 +92,12 @@ def conversation_parts(policies: RenderPolicies, conversation: Conversation) -> 
     Raises:
         SFTError: A message has a weight that can't be; says which, without the row's place.
     """
+    whole = range(len(conversation.messages))
+    if not policies.split_turns:
+        return [Part(tuple(whole), frozenset(whole))]
     shares = _shares(conversation.messages, policies)
-    turns = [n for n, m in enumerate(conversation.messages) if _is_trained_turn(m.role, shares[n])]
-    if not (policies.split_turns and turns):
-        whole = range(len(shares))
+    turns = [n for n in whole if _is_trained_turn(conversation.messages[n].role, shares[n])]
+    if not turns:
         return [Part(tuple(whole), frozenset(whole))]
     parts, before = [], 0
     rest = any(share.trained for share in shares[turns[-1] + 1 :])

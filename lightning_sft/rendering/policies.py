@@ -12,6 +12,8 @@ from lightning_sft.errors import SFTError
 TrainOn = Literal["all_turns", "last_turn"]
 TrainOnEOT = Literal["turn", "last", "none"]
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True)  # no slots: jsonargparse reads defaults with vars()
 class RenderPolicies:
@@ -55,6 +57,6 @@ def checked_weight(weight: float, where: str) -> float:
     Raises:
         SFTError: It is negative, no number, or too large.
     """
-    if not 0 <= weight <= float(np.finfo(np.float32).max):
+    if not 0 <= weight <= _LARGEST:
         raise SFTError(f"weight {weight} is not a finite number of at least 0", where=where)
     return float(np.float32(weight))

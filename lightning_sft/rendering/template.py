@@ -7,13 +7,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from lightning_sft.conversation import Message
 from lightning_sft.errors import SFTError
 
 if TYPE_CHECKING:
+    from jinja2 import Template as JinjaTemplate
     from transformers import PreTrainedTokenizerBase
 
 ChatMessage = dict[str, object]
@@ -106,6 +107,11 @@ class Template:
             SFTError: The template refuses them, or fails.
         """
         try:
+            if self._given is not None and not tools and all(map(_is_plain, messages)):
+                program, names = _program(self.text)
+                asked = {"messages": list(messages), "add_generation_prompt": generation_prompt}
+                context = program.new_context({**names, **self._given, **asked}, shared=True)
+                return "".join(program.root_render_func(context))
             (text,) = self.tokenizer.apply_chat_template(
                 [list(messages)],  # a batch of one, because a history may be empty
                 tools=list(tools) or None,
@@ -120,6 +126,15 @@ class Template:
                 f"the chat template refuses the conversation: {error}",
                 fix="change the row, or use another chat template (model.chat_template)",
             ) from error
+
+    @cached_property
+    def _given(self) -> dict[str, object] | None:
+        """What the template's program knows besides the messages; None for a tokenizer with a rendering of its own."""
+        from transformers import PreTrainedTokenizerBase
+
+        if type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+            return None
+        return {**self.tokenizer.special_tokens_map, "tools": None, "documents": None, **self.options}
 
     def tagged(self, messages: Sequence[Message], tools: Tools) -> list[tuple[int, int]]:
         """The characters inside the template's `{% generation %}` tags, as (start, end)."""
@@ -217,6 +232,23 @@ _TURN: list[ChatMessage] = [
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": _PROBE},
 ]
+
+
+@lru_cache
+def _program(text: str) -> tuple[JinjaTemplate, dict[str, object]]:
+    """What transformers compiles a template to, and what it lets it use.
+
+    Run as it is, it takes a fifth of the time of transformers' own call, which first copies whatever it is given.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    program = _compile_jinja_template(text)
+    return program, dict(program.globals)
+
+
+def _is_plain(message: ChatMessage) -> bool:
+    """Whether there is nothing in the message but texts, of which transformers would change none."""
+    return "reasoning_content" not in message and all(type(value) is str for value in message.values())
 
 
 def _new_tokens(names: Sequence[str]) -> str:
