@@ -287,11 +287,11 @@ def test_tokens_out_of_order_get_the_weights_of_their_places():
     rows = [Segments((("1 2", 0.0), (" 3 4", 1.0)), META), Segments((("x", 0.0), ("yz", 1.0)), META)]
     expected = renderer.render_all(rows)
     encoder = renderer._encoder
-    encoded = list(encoder._encoded(["1 2 3 4", "xyz"]))
+    encoded = list(encoder._tokens.encode(["1 2 3 4", "xyz"]))
     order, first = list(range(len(expected[0]))), int(np.argmax(expected[0].weights > 0))
     order[first - 1 : first + 1] = [first, first - 1]
-    encoded[0] = tuple([each[n] for n in order[:-1]] for each in encoded[0])
-    encoder._encoded = lambda texts: encoded
+    encoded[0] = tuple(each[order[:-1]] for each in encoded[0])
+    encoder._tokens.encode = lambda texts: encoded
     found = renderer.render_all(rows)
     assert first > 1
     assert found[0].input_ids.tolist() == expected[0].input_ids[order].tolist()

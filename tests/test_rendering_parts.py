@@ -93,7 +93,7 @@ def test_every_token_has_the_weight_of_the_part_that_it_ends_in(parts, weight, k
         chat_template=template, tokenize=False,
     )  # fmt: skip
     assert whole.startswith(text)
-    offsets = made._encoder._offset_tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = made._encoder._tokens.whole(whole, add_special_tokens=False, return_offsets_mapping=True)
     weights += [0.0] * (len(whole) - len(text))
     assert example.input_ids.tolist() == template_ids(made.tokenizer, talk, template)
     assert example.weights.tolist() == [weights[end - 1] for _, end in offsets["offset_mapping"]]

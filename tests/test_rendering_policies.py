@@ -286,7 +286,7 @@ def test_any_template_and_policy(header, change, end, before, after, turns, kind
         assert example.input_ids.tolist() == ids
         expected = np.zeros(len(ids))
         text = tokenizer.apply_chat_template(part, chat_template=template, tokenize=False)
-        offsets = renderer(kind)._encoder._offset_tokenizer(
+        offsets = renderer(kind)._encoder._tokens.whole(
             text, add_special_tokens=False, return_offsets_mapping=True
         )["offset_mapping"]
         for n in [last] if split else chosen:

@@ -63,7 +63,7 @@ def test_the_mask_is_the_fast_tokenizers(texts):
     slow = Slow(tokenizer)
     text = "".join(text for text, _ in texts)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    theirs = Renderer(tokenizer)._encoder._offset_tokenizer(
+    theirs = Renderer(tokenizer)._encoder._tokens.whole(
         text, add_special_tokens=False, return_offsets_mapping=True
     )["offset_mapping"]
     assert slow_offsets(slow, ids, text) == theirs

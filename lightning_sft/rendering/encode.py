@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,14 +12,14 @@ import numpy as np
 from lightning_sft.errors import SFTError
 from lightning_sft.example import Example, Reason
 from lightning_sft.rendering.layout import Layout, Part, Span
+from lightning_sft.rendering.offsets import OffsetTokenizer, as_arrays
 from lightning_sft.rendering.slow_offsets import slow_offsets
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-_Encoded = tuple[Sequence[int], Sequence[tuple[int, int]]]
-"""The ids of a text's tokens, and of each its first character and the one behind its last."""
+    from lightning_sft.rendering.offsets import Encoded
 
 _TEMPLATE = Span(0, 0, 0.0, Reason.CONTEXT)
 
@@ -59,6 +57,7 @@ class Encoder:
         added = list(tokenizer.added_tokens_decoder)
         self._added = np.zeros(max(len(tokenizer), *added, 0) + 1, dtype=bool)
         self._added[added] = True
+        self._tokens = OffsetTokenizer(tokenizer)
 
     def encode(self, layouts: Sequence[Layout]) -> list[Rendering]:
         """The renderings of the layouts.
@@ -69,63 +68,18 @@ class Encoder:
         if not layouts:
             return []
         if self.tokenizer.is_fast:
-            encoded = self._encoded([layout.text for layout in layouts])
+            encoded = self._tokens.encode([layout.text for layout in layouts])
         else:
-            encoded = map(self._slowly, layouts)
-        # One text's offsets at a time: as Python's own numbers they take up more than everything else.
+            encoded = list(map(self._slowly, layouts))
         both = [_surrounded(layout, *each) for layout, each in zip(layouts, encoded, strict=True)]
         return self._renderings(layouts, [ids for ids, _ in both], [chars for _, chars in both])
 
-    def _encoded(self, texts: list[str]) -> Iterable[_Encoded]:
-        """Ids and offsets of each text, as the tokenizer's own call gives them, without that call's many lists."""
-        tokenizer = self._offset_tokenizer
-        if not self._is_plain:
-            encoded = tokenizer(
-                texts,
-                add_special_tokens=False,
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                verbose=False,
-            )
-            return zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = tokenizer.split_special_tokens
-        encodings = backend.encode_batch(texts, add_special_tokens=False)
-        return ((encoding.ids, encoding.offsets) for encoding in encodings)
-
-    @cached_property
-    def _is_plain(self) -> bool:
-        """Whether the tokenizer's class leaves encoding to the library that it is a face of."""
-        from transformers import PreTrainedTokenizerFast
-
-        plain = PreTrainedTokenizerFast
-        names = ("__call__", "_encode_plus", "_convert_encoding", "set_truncation_and_padding")
-        return all(getattr(type(self.tokenizer), name) is getattr(plain, name) for name in names)
-
-    def _slowly(self, layout: Layout) -> _Encoded:
+    def _slowly(self, layout: Layout) -> Encoded:
         ids = self.tokenizer(layout.text, add_special_tokens=False, verbose=False)["input_ids"]
         try:
-            return ids, slow_offsets(self.tokenizer, ids, layout.text)
+            return as_arrays(ids, slow_offsets(self.tokenizer, ids, layout.text))
         except SFTError as error:
             raise error.at(str(layout.meta)) from None
-
-    @cached_property
-    def _offset_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with offsets that hold all of a token's characters.
-
-        Some byte-level tokenizers (Llama 3's) leave a token's spaces out of its offsets, so that it can't be
-        told on which side of a boundary they are.
-        """
-        probe = self.tokenizer("a  b", add_special_tokens=False, return_offsets_mapping=True)
-        if all(before[1] >= after[0] for before, after in pairwise(probe["offset_mapping"])):
-            return self.tokenizer
-        from tokenizers.processors import Sequence as Processors
-
-        whole = copy.deepcopy(self.tokenizer)
-        whole.backend_tokenizer.post_processor = Processors([])
-        return whole
 
     def _renderings(
         self,
@@ -237,16 +191,11 @@ class _Places:
         return map(slice, firsts, self.starts.searchsorted(points, "right").tolist())
 
 
-def _surrounded(
-    layout: Layout, ids: Sequence[int], offsets: Sequence[tuple[int, int]]
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """The tokens of a layout's text with those around it, int32 `[T]`, and the characters of each, int64 `[T, 2]`."""
-    tokens = np.array(ids, dtype=np.int32)
-    chars = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids)).reshape(-1, 2)
+def _surrounded(layout: Layout, ids: NDArray[np.int32], chars: NDArray[np.int64]) -> Encoded:
+    """The tokens of a layout's text with those around it."""
     if not (layout.prefix or layout.suffix):
-        return tokens, chars
+        return ids, chars
     behind = len(layout.text)
-    before, after = [[-1, -1]] * len(layout.prefix), [[behind, behind + 1]] * len(layout.suffix)
-    around = [np.array(each, dtype=np.int64).reshape(-1, 2) for each in (before, after)]
-    ends = [np.array(each, dtype=np.int32) for each in (layout.prefix, layout.suffix)]
-    return np.concatenate([ends[0], tokens, ends[1]]), np.concatenate([around[0], chars, around[1]])
+    before = as_arrays(layout.prefix, [(-1, -1)] * len(layout.prefix))
+    after = as_arrays(layout.suffix, [(behind, behind + 1)] * len(layout.suffix))
+    return np.concatenate([before[0], ids, after[0]]), np.concatenate([before[1], chars, after[1]])
