@@ -57,7 +57,7 @@ class KnownOffsets:
         position = start = 0
         for added in (*np.flatnonzero(self._added.take(tokens)).tolist(), len(ids)):
             if added > start:
-                joined = "".join([self._pieces[number] for number in ids[start:added]])
+                joined = "".join(map(self._pieces.__getitem__, ids[start:added]))
                 if self._resumed if start else self._begun:
                     # No character of the text.
                     if joined[0] != " " or lengths[start] == 1:

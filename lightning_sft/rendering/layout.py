@@ -348,9 +348,8 @@ class _Rendered:
 
     def _check_bos(self, located: Sequence[Sequence[Piece]]) -> None:
         """Refuse a second BOS at the start; note a missing one, and those further on."""
-        tokenizer = self.template.tokenizer
-        bos = tokenizer.bos_token
-        if not bos:
+        bos = self.template.bos
+        if bos is None:
             return
         first_piece = min((pieces[0].start for pieces in located if pieces), default=len(self.text))
         if self.text.startswith(bos + bos) and len(bos) < first_piece:
@@ -361,7 +360,9 @@ class _Rendered:
             )
         if self.template.tokenizer_adds_bos and not self.text.startswith(bos):
             self.notes.append(f"the chat template writes no BOS token ({bos}), which other texts get")
-        if bos not in (tokenizer.eos_token, *self.template.known_stops) and bos in self.text[len(bos) :]:
+        if self.text.find(bos, len(bos)) < 0:
+            return
+        if bos not in (self.template.tokenizer.eos_token, *self.template.known_stops):
             self.notes.append(
                 f"there are BOS tokens ({bos}) after the start: the template's, or in the messages"
             )

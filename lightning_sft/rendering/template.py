@@ -110,7 +110,9 @@ class Template:
             if self._given is not None and not tools and all(map(_is_plain, messages)):
                 program, names = _program(self.text)
                 asked = {"messages": list(messages), "add_generation_prompt": generation_prompt}
-                context = program.new_context({**names, **self._given, **asked}, shared=True)
+                environment = program.environment
+                given = {**names, **self._given, **asked}
+                context = environment.context_class(environment, given, program.name, program.blocks)
                 return "".join(program.root_render_func(context))
             (text,) = self.tokenizer.apply_chat_template(
                 [list(messages)],  # a batch of one, because a history may be empty
@@ -195,6 +197,11 @@ class Template:
             return self.stop_tokens
         except SFTError:
             return ()
+
+    @cached_property
+    def bos(self) -> str | None:
+        """The tokenizer's BOS token."""
+        return self.tokenizer.bos_token or None
 
     @cached_property
     def tokenizer_adds_bos(self) -> bool:
