@@ -95,8 +95,8 @@ def _runs(
             for value in row.values() if not columns else [row[name] for name in columns]:
                 for text in _texts(value):
                     words = words_of(text)
-                    texts += 1
-                    short += len(words) < least
+                    texts += bool(words)
+                    short += 0 < len(words) < least
                     if len(words) >= least:
                         size = min(most, len(words))
                         found.setdefault(size, []).append(hashes(words, size))
