@@ -18,6 +18,7 @@ _HOME = {
     "DataFormat": "lightning_sft.bases",
     "Evaluator": "lightning_sft.bases",
     "Example": "lightning_sft.example",
+    "Filter": "lightning_sft.bases",
     "Generate": "lightning_sft.evaluation.requests",
     "Generated": "lightning_sft.evaluation.requests",
     "Item": "lightning_sft.evaluation.requests",
@@ -41,18 +42,40 @@ _HOME = {
     "Score": "lightning_sft.evaluation.results",
     "Scorer": "lightning_sft.evaluation.scorer",
     "Segments": "lightning_sft.conversation",
+    "SetFilter": "lightning_sft.bases",
     "Source": "lightning_sft.data.sources",
     "TextLoss": "lightning_sft.evaluation.divergence",
     "TokenBatch": "lightning_sft.bases",
     "ToolCall": "lightning_sft.conversation",
+    "Verdict": "lightning_sft.bases",
     "scores_by_task": "lightning_sft.evaluation.results",
     "read_rows": "lightning_sft.data.sources",
     "text_losses": "lightning_sft.evaluation.divergence",
+    "turns": "lightning_sft.conversation",
 }
 
 if TYPE_CHECKING:
-    from lightning_sft.bases import Adapter, DataFormat, Evaluator, Loss, RateGroup, TokenBatch
-    from lightning_sft.conversation import Conversation, Message, Meta, PartWeight, Row, Segments, ToolCall
+    from lightning_sft.bases import (
+        Adapter,
+        DataFormat,
+        Evaluator,
+        Filter,
+        Loss,
+        RateGroup,
+        SetFilter,
+        TokenBatch,
+        Verdict,
+    )
+    from lightning_sft.conversation import (
+        Conversation,
+        Message,
+        Meta,
+        PartWeight,
+        Row,
+        Segments,
+        ToolCall,
+        turns,
+    )
     from lightning_sft.data.datamodule import SFTDataModule
     from lightning_sft.data.plan import BatchPlan
     from lightning_sft.data.sources import Source, read_rows
@@ -81,6 +104,7 @@ __all__ = [
     "DataFormat",
     "Evaluator",
     "Example",
+    "Filter",
     "Generate",
     "Generated",
     "Item",
@@ -104,13 +128,16 @@ __all__ = [
     "Score",
     "Scorer",
     "Segments",
+    "SetFilter",
     "Source",
     "TextLoss",
     "TokenBatch",
     "ToolCall",
+    "Verdict",
     "read_rows",
     "scores_by_task",
     "text_losses",
+    "turns",
 ]
 
 

@@ -71,6 +71,69 @@ class DataFormat(ABC):
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a filter says of a conversation; `Verdict()` keeps it.
+
+    Args:
+        reason: Why it is dropped, in words that are the same for all that are dropped for it: the ledger counts by
+            reason. None: it is kept.
+        score: What was measured, where that is a number.
+        detail: What it is about this conversation: what was found in it, or which other one it is like.
+    """
+
+    reason: str | None = None
+    score: float | None = None
+    detail: str | None = None
+
+    @property
+    def keep(self) -> bool:
+        """Whether the conversation is kept."""
+        return self.reason is None
+
+
+class Filter(ABC):
+    """Decides which conversations are trained on; it changes none of them.
+
+    The verdict depends on the conversation alone. What depends on those before it is a `SetFilter`.
+    """
+
+    @abstractmethod
+    def judge(self, conversation: Conversation | Segments) -> Verdict:
+        """Whether to keep a conversation, or text as it stands. Pure; called in several processes.
+
+        Raises:
+            SFTError: Nothing can be said of it: what is wrong. The file and the row number are added by the caller.
+        """
+
+
+class SetFilter(Filter):
+    """A filter whose verdict depends on the conversations before: on duplicates, say.
+
+    The set is seen once, in order. What takes time belongs into `look`, which the processes share.
+    """
+
+    @abstractmethod
+    def look(self, conversation: Conversation | Segments) -> object:
+        """What has to be known of a conversation: small, as it goes through pickle. Pure.
+
+        Raises:
+            SFTError: As `judge` does.
+        """
+
+    @abstractmethod
+    def begin(self) -> Callable[[Any], Verdict]:
+        """A judge of one set, to be asked in order with what `look` made of each conversation.
+
+        What was seen belongs into the judge, not into the filter: another set has a judge of its own. It isn't asked
+        about what a filter before this one has dropped.
+        """
+
+    def judge(self, conversation: Conversation | Segments) -> Verdict:
+        """The verdict if it were the first of its set."""
+        return self.begin()(self.look(conversation))
+
+
+@dataclass(frozen=True, slots=True)
 class RateGroup:
     """Parameters that are trained at the same rate, from the same step on.
 

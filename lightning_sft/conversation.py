@@ -6,7 +6,8 @@ stands, each piece with a weight). Plain frozen dataclasses: no tensor and no fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -122,3 +123,24 @@ class Segments:
 
     segments: tuple[tuple[str, float], ...]
     meta: Meta = field(default_factory=Meta)
+
+
+def turns(item: Conversation | Segments) -> Iterator[tuple[str, str]]:
+    """Who says what: the role of each message, and its whole text with its reasoning and tool calls.
+
+    Of segments, what is trained counts as the assistant's and all else as the user's.
+    """
+    if isinstance(item, Segments):
+        yield from (("assistant" if weight > 0 else "user", text) for text, weight in item.segments)
+        return
+    for message in item.messages:
+        calls = [
+            f"{call.name} "
+            + (
+                call.arguments
+                if isinstance(call.arguments, str)
+                else json.dumps(call.arguments, ensure_ascii=False)
+            )
+            for call in message.tool_calls
+        ]
+        yield message.role, "\n".join(filter(None, [message.reasoning, message.content, *calls]))

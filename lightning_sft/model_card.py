@@ -78,6 +78,12 @@ def _data(run: Path) -> Iterator[str]:
             shown = " | ".join(f"{number:,}" for number in numbers)
             yield f"| {part} | {Path(source['source']).name} | {source['format']} | {shown} |"
     yield ""
+    for account in ledger.values():
+        for source in account.get("sources", []):
+            for filter, reasons in source.get("filtered", {}).items():
+                for reason, count in reasons.items():
+                    name = Path(source["source"]).name
+                    yield f"- {filter} left out {count:,} conversations of {name}: {reason}\n"
 
 
 def _training(config: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:

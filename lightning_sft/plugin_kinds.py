@@ -65,7 +65,14 @@ KINDS: Mapping[str, Kind] = {
             "data:\n  train: [{path: rows.jsonl, format: {name}}]",
             light=True,
         ),
-        Kind("filters", "filter", "lightning_sft.bases:Filter", light=True),
+        Kind(
+            "filters",
+            "filter",
+            "lightning_sft.bases:Filter",
+            "lightning_sft.testing.filters:FilterTests",
+            "data:\n  filters: [{name}]",
+            light=True,
+        ),
         Kind(
             "adapters",
             "adapter",

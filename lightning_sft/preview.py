@@ -6,13 +6,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lightning_sft import command_line, plugins, without_weights
 from lightning_sft.conversation import Conversation, Meta, Row, Segments
 from lightning_sft.data.conversion import convert_rows, format_of
+from lightning_sft.data.filtering import Dropped, Filters, Judge
 from lightning_sft.data.fitted import Fitted, named
 from lightning_sft.data.sources import Source, read_rows
 from lightning_sft.data.truncation import Overlong, fit
@@ -58,7 +59,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """An example as it is shown; one that is refused has an error and no tokens."""
+    """An example as it is shown; one that is refused has an error and no tokens, one that is filtered the reason."""
 
     source: str
     row: int
@@ -67,6 +68,7 @@ class Shown:
     warnings: tuple[str, ...] = ()
     error: str | None = None
     piece: str | None = None
+    filtered: str | None = None
 
     @property
     def title(self) -> str:
@@ -75,6 +77,8 @@ class Shown:
         place += f", {self.piece}" if self.piece else ""
         if self.error is not None:
             return f"{place}: refused"
+        if self.filtered is not None:
+            return f"{place}: filtered"
         trained = [token.weight for token in self.tokens if token.weight > 0]
         return f"{place}: {len(self.tokens):,} tokens, {len(trained):,} trained, Σ weights {sum(trained):g}"
 
@@ -85,6 +89,8 @@ class Shown:
             out["piece"] = self.piece
         if self.error is not None:
             return out | {"error": self.error}
+        if self.filtered is not None:
+            out["filtered"] = self.filtered
         tokens = [
             {name: getattr(token, name) for name in Token.__dataclass_fields__} for token in self.tokens
         ]
@@ -114,10 +120,11 @@ def command(argv: Sequence[str]) -> None:
             where=f"data.{config.part}",
             fix="give a file, folder or Hub id",
         )
+    filters = Filters(data.filters if config.part == "train" else ())
     shown = [
         each
-        for conversation in _selected(sources, rows, config.examples)
-        for each in show(conversation, renderer, max_length, data.overlong)
+        for conversation, dropped in _selected(sources, rows, config.examples, filters)
+        for each in show(conversation, renderer, max_length, data.overlong, dropped)
     ]
     if config.json:
         print(json.dumps([each.as_json() for each in shown], indent=1, ensure_ascii=False))
@@ -138,14 +145,16 @@ def show(
     renderer: Renderer,
     max_length: int | None = None,
     overlong: Overlong = "drop",
+    dropped: Dropped | None = None,
 ) -> Iterator[Shown]:
-    """What becomes of a conversation: its examples, or why it is refused.
+    """What becomes of a conversation: its examples, or why it is refused or filtered.
 
     Args:
         conversation: The conversation.
         renderer: Renders it.
         max_length: Most tokens of an example.
         overlong: What happens to a longer one; of one that is dropped, everything is shown, with a warning.
+        dropped: The filter that dropped it; everything is shown then, too, and nothing of it is trained.
     """
     meta = conversation.meta
     if isinstance(conversation, Refused):
@@ -154,9 +163,14 @@ def show(
     try:
         (renderings,) = renderer.explain([conversation])
     except SFTError as error:
-        yield Shown(meta.source, meta.row, None, error=str(error))
+        refusal = None if dropped else str(error)  # what is filtered needn't be rendered
+        yield Shown(meta.source, meta.row, None, error=refusal, filtered=str(dropped) if dropped else None)
         return
     for rendering in renderings:
+        if dropped is not None:
+            tokens = [_untrained(token) for token in _tokens(conversation, renderer, rendering)]
+            yield Shown(meta.source, meta.row, rendering.example.turn, tuple(tokens), filtered=str(dropped))
+            continue
         try:
             fitted = fit(renderer, conversation, rendering, max_length=max_length, overlong=overlong)
         except SFTError as error:
@@ -175,6 +189,10 @@ def show(
                 (*kept.example.notes, *losses, *_tags_disagree(conversation, renderer, kept)),
                 piece=piece,
             )
+
+
+def _untrained(token: Token) -> Token:
+    return replace(token, weight=0.0, reason="not trained: filtered") if token.weight > 0 else token
 
 
 def _losses(fitted: Fitted, max_length: int, overlong: str) -> Iterator[str]:
@@ -222,23 +240,31 @@ def _row_numbers(given: str | None) -> set[int] | None:
 
 
 def _selected(
-    sources: Sequence[Source], rows: set[int] | None, examples: int
-) -> Iterator[Conversation | Segments | Refused]:
-    """The conversations of the rows asked for, or the first of each source."""
+    sources: Sequence[Source], rows: set[int] | None, examples: int, filters: Filters
+) -> Iterator[tuple[Conversation | Segments | Refused, Dropped | None]]:
+    """The conversations of the rows asked for, or the first of each source, and which filter drops them.
+
+    Where a filter judges whole sets, all rows before the last one asked for are looked at.
+    """
     missing, last = set(rows or ()), 0
+    judge = Judge(filters)
     for source in sources:
         format, read = format_of(source, read_rows(source))
         wanted, count = set(rows or ()), 0
         for meta, row in read:
             last = max(last, meta.row)
-            if rows is not None and meta.row not in rows:
+            asked = meta.row in rows if rows is not None else count < examples
+            if not asked and not filters.judge_sets:
                 continue
             missing.discard(meta.row)
             wanted.discard(meta.row)
-            for conversation in _converted(meta, row, format):
-                count += 1
-                yield conversation
-            if (rows is None and count >= examples) or (rows is not None and not wanted):
+            for number, conversation in enumerate(_converted(meta, row, format), 1):
+                dropped = None if isinstance(conversation, Refused) else judge(conversation, number)
+                if asked:
+                    count += 1
+                    yield conversation, dropped
+            done = count >= examples if rows is None else not wanted
+            if done and (source is sources[-1] or not filters.judge_sets):
                 break
     if missing:
         listed = ", ".join(map(str, sorted(missing)))

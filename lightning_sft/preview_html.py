@@ -55,6 +55,9 @@ def _example(each: Shown) -> str:
     lines = [f"<section>\n<h2>{escape(visible(each.title))}</h2>"]
     if each.error is not None:
         lines.append(f'<p class="error">{escape(visible_lines(each.error))}</p>')
+    if each.filtered is not None:
+        told = escape(visible(each.filtered))
+        lines.append(f'<p class="warning">filtered, so nothing of this is trained: {told}</p>')
     lines += [f'<p class="warning">warning: {escape(visible(text))}</p>' for text in each.warnings]
     if each.tokens:
         lines.append(f"<pre>{''.join(map(_run, _runs(each.tokens)))}</pre>")

@@ -26,6 +26,10 @@ def print_examples(shown: Sequence[Shown], console: Console | None = None) -> No
         console.print(Text(each.title, style="bold" if each.error is None else "bold red"))
         if each.error is not None:
             console.print(Text(visible_lines(each.error), style="red"))
+        if each.filtered is not None:
+            console.print(
+                Text(f"  filtered, so nothing of this is trained: {visible(each.filtered)}", style="yellow")
+            )
         for warning in each.warnings:
             console.print(Text(f"  warning: {visible(warning)}", style="yellow"))
         if each.tokens:

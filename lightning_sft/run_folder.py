@@ -4,6 +4,7 @@
 runs/<config name>-<n>/
   config.yaml     the whole configuration, as `--config` takes it
   ledger.json     what became of every row and token
+  filtered.jsonl  with filters: the conversations that they dropped, and why
   metrics.csv     what was logged
   checkpoints/    last.ckpt, and the best by validation loss; only what is trained
   goldens.json    examples with the trained model's loss, for `lightning-sft verify`
@@ -28,7 +29,7 @@ from lightning_sft.errors import SFTError
 from lightning_sft.ranks import is_first_process
 from lightning_sft.training.models import ADAPTER_CONFIG, MODEL_CONFIG
 
-CONFIG, LEDGER, METRICS = "config.yaml", "ledger.json", "metrics.csv"
+CONFIG, LEDGER, METRICS, FILTERED = "config.yaml", "ledger.json", "metrics.csv", "filtered.jsonl"
 CHECKPOINTS, LAST, MODEL = "checkpoints", "last.ckpt", "model"
 RUNS = Path("runs")
 
@@ -190,6 +191,8 @@ class RunFolder(Callback):
         (folder / CONFIG).write_text(self.config, encoding="utf-8")
         ledger = json.dumps(trainer.datamodule.ledger, indent=2, ensure_ascii=False)
         (folder / LEDGER).write_text(ledger + "\n", encoding="utf-8")
+        if trainer.datamodule.filters:
+            shutil.copyfile(trainer.datamodule.prepared["train"].examples.filtered, folder / FILTERED)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Export what was trained; `model/` is there only when it is whole."""

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
+from lightning_sft import Conversation, Message
 from lightning_sft.plugin_kinds import KINDS
 from lightning_sft.plugins import discover
-from lightning_sft.testing import AdapterTests, CallbackTests, FormatTests, LossTests
+from lightning_sft.testing import AdapterTests, CallbackTests, FilterTests, FormatTests, LossTests
 from lightning_sft_adapters.any_peft import Peft
 from lightning_sft_adapters.freeze import Freeze
 from lightning_sft_adapters.full import Full
@@ -22,6 +23,13 @@ from lightning_sft_callbacks.forgetting import ForgettingProbe
 from lightning_sft_callbacks.generations import SampleGenerations
 from lightning_sft_callbacks.memorization import MemorizationProbe
 from lightning_sft_callbacks.retention_stopping import RetentionStopping
+from lightning_sft_filters.duplicates import Duplicates
+from lightning_sft_filters.length import Length
+from lightning_sft_filters.near_duplicates import NearDuplicates
+from lightning_sft_filters.overlap import Overlap
+from lightning_sft_filters.pattern import Pattern
+from lightning_sft_filters.refusals import Refusals
+from lightning_sft_filters.repetition import Repetition
 from lightning_sft_formats.alpaca import Alpaca
 from lightning_sft_formats.columns import Columns
 from lightning_sft_formats.dolly import Dolly
@@ -152,6 +160,71 @@ class TestShareGPT(FormatTests):
     plugin = ShareGPT
     rows = ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},)
     bad_rows = ({"conversations": [{"from": "wizard", "value": "Hi"}]}, {"conversations": []})
+
+
+def talk(asked: str, answered: str) -> Conversation:
+    return Conversation((Message("user", asked), Message("assistant", answered)))
+
+
+SENTENCE = "the quick brown fox jumps over the lazy dog near the quiet river"
+
+
+class TestDuplicates(FilterTests):
+    plugin = Duplicates
+    kept = (talk("Why?", "So."), talk("Why?", "So so."))
+    dropped = (talk("why? ", "SO."),)
+
+
+class TestDuplicatePrompts(FilterTests):
+    plugin = Duplicates
+    options = {"part": "prompt", "normalize": False}
+    kept = (talk("Why?", "So."), talk("why?", "So."))
+    dropped = (talk("Why?", "Because."),)
+
+
+class TestLength(FilterTests):
+    plugin = Length
+    options = {"least": 2, "most": 3}
+    kept = (talk("Why?", "So so."), talk("Why?", "a b c"))
+    dropped = (talk("Why?", "So."), talk("Why?", "a b c d"))
+
+
+class TestNearDuplicates(FilterTests):
+    plugin = NearDuplicates
+    options = {"threshold": 0.6}
+    kept = (talk("Say it.", SENTENCE), talk("Say it.", "something else entirely, if you please"))
+    dropped = (talk("Say it.", f"{SENTENCE} bank"),)
+
+
+class TestOverlap(FilterTests):
+    plugin = Overlap
+    kept = (talk("Say it.", "the quick brown fox"),)
+    dropped = (talk("Say it.", f"Well: {SENTENCE.upper()}!"),)
+
+    @pytest.fixture(autouse=True)
+    def write_held_out(self, tmp_path):
+        (tmp_path / "held_out.txt").write_text(SENTENCE)
+        self.options = {"held_out": [str(tmp_path / "held_out.txt")]}
+
+
+class TestPattern(FilterTests):
+    plugin = Pattern
+    options = {"drop": ["TODO"], "require": ["[.!]$"], "roles": ["assistant"]}
+    kept = (talk("TODO", "So."),)
+    dropped = (talk("Why?", "TODO."), talk("Why?", "So"))
+
+
+class TestRefusals(FilterTests):
+    plugin = Refusals
+    kept = (talk("As an AI language model?", "No, as an aim."),)
+    dropped = (talk("Why?", "Well, as an AI\nlanguage model I must decline."),)
+
+
+class TestRepetition(FilterTests):
+    plugin = Repetition
+    options = {"min_words": 10, "top_ngrams": {2: 0.3}}
+    kept = (talk("Say it.", SENTENCE), talk("Count.", "one one one one"))
+    dropped = (talk("Say it.", f"{SENTENCE}\n" * 3), talk("Count.", "one " * 10))
 
 
 class TestFull(AdapterTests):

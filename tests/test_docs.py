@@ -22,7 +22,7 @@ from lightning_sft.__main__ import main
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md", "docs/fine-tuning.md", "docs/data.md", "docs/evaluation.md", "docs/forgetting.md", "docs/plan.md",
-    "docs/plugins.md", "docs/distributed.md",
+    "docs/plugins.md", "docs/distributed.md", "docs/filters.md",
 ]  # fmt: skip
 
 
@@ -113,20 +113,27 @@ def test_the_guides_plugins_are_found_and_pass_their_tests(guide, tmp_path_facto
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     ran = 0
-    for tests in (module.TestQuestionAnswer, module.TestStopWhenLearned):
+    for tests in (
+        module.TestQuestionAnswer,
+        module.TestCutOff,
+        module.TestPerTask,
+        module.TestStopWhenLearned,
+    ):
         for name in [name for name in dir(tests) if name.startswith("test_")]:
             method = getattr(tests(), name)
             method(*[tmp_path_factory.mktemp("law") for _ in signature(method).parameters])
             ran += 1
-    assert ran == 16
+    assert ran == 34
 
 
 def test_the_guides_run_leaves_out_other_languages_and_stops_when_it_has_learned(guide, capsys):
     rows = [{"question": f"{n}?", "answer": f"{n}.", "language": "de" if n == 3 else "en"} for n in range(6)]
+    rows[4]["answer"] = "4 and"
     (guide / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert main(["fit", "--config", "run.yaml"]) == 0
     ledger = json.loads((guide / "runs/run-1/ledger.json").read_text())["train"]
-    assert (ledger["sources"][0]["rows"], ledger["examples"]) == (6, 5)
+    assert (ledger["sources"][0]["rows"], ledger["examples"]) == (6, 4)
+    assert ledger["sources"][0]["filtered"] == {"CutOff": {"the last answer is cut off": 1}}
     assert len((guide / "runs/run-1/metrics.csv").read_text().splitlines()) == 1 + 3
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from itertools import count
 from pathlib import Path
 
@@ -13,15 +14,28 @@ import torch
 from lightning.pytorch import Callback
 from torch.nn.functional import cross_entropy
 
-from lightning_sft import Adapter, Conversation, DataFormat, Loss, Message, SFTError
+from lightning_sft import (
+    Adapter,
+    Conversation,
+    DataFormat,
+    Filter,
+    Loss,
+    Message,
+    SetFilter,
+    SFTError,
+    Verdict,
+    turns,
+)
 from lightning_sft.testing import (
     AdapterTests,
     CallbackTests,
+    FilterTests,
     FormatTests,
     LossTests,
     MissingSample,
     PluginTests,
     adapters,
+    filters,
     formats,
     losses,
 )
@@ -228,8 +242,6 @@ def exports_pickle(self, model, folder):
 
 
 def exports_rounded(self, model, folder):
-    from copy import deepcopy
-
     deepcopy(model).to(torch.float16).save_pretrained(folder)
 
 
@@ -279,6 +291,113 @@ def test_a_base_model_that_is_the_tuned_one_is_caught(base: Path) -> None:
     adapters.check_base_model(Whole(), base)  # refuses
     with pytest.raises(AssertionError, match="gives another model than the base"):
         adapters.check_base_model(variant(Whole, base_model=lambda self, model: nullcontext(model))(), base)
+
+
+# ---------------------------------------------------------------------------------------------- filters
+
+
+class Quiet(Filter):
+    """Drops who says nothing."""
+
+    def judge(self, conversation):
+        said = sum(len(text) for _, text in turns(conversation))
+        return Verdict(None if said else "nothing is said", said)
+
+
+class Unheard(SetFilter):
+    """Drops what was said before."""
+
+    def look(self, conversation):
+        return [text for _, text in turns(conversation)]
+
+    def begin(self):
+        heard = []
+
+        def judge(seen):
+            if seen in heard:
+                return Verdict("said before")
+            heard.append(seen)
+            return Verdict()
+
+        return judge
+
+
+def counts(self, conversation):
+    self.seen = getattr(self, "seen", 0) + 1
+    return Verdict("too late" if self.seen > 3 else None)
+
+
+def changes(self, conversation):
+    for tool in getattr(conversation, "messages", ()):
+        for call in tool.tool_calls:
+            call.arguments["city"] = "Rome"
+    return Verdict()
+
+
+def shares(self):
+    self.heard = getattr(self, "heard", [])
+    return lambda seen: Verdict("said before") if seen in self.heard else self.heard.append(seen) or Verdict()
+
+
+class Forgetting(Quiet):
+    """Keeps what the last conversation said, but not through pickle."""
+
+    def __init__(self) -> None:
+        self.most = 3
+
+    def __getstate__(self):
+        return {"most": 5}
+
+    def judge(self, conversation):
+        return Verdict("long" if len([*turns(conversation)]) > self.most else None)
+
+
+def test_good_filters_pass() -> None:
+    for filter in (Quiet, Unheard):
+        filters.check_verdicts(filter(), filters.SAMPLES)
+        filters.check_purity(filter(), filter(), filters.SAMPLES)
+        filters.check_order(filter(), filters.SAMPLES)
+        filters.check_unchanged(filter(), filters.SAMPLES)
+    filters.check_samples(Quiet(), filters.SAMPLES[:2], filters.SAMPLES[6:7])
+    filters.check_samples(Unheard(), filters.SAMPLES[:1], filters.SAMPLES[1:2])
+
+
+def gives(verdict: object) -> Callable[..., object]:
+    return lambda self, conversation: verdict
+
+
+@pytest.mark.parametrize(
+    ("base", "check", "methods", "problem"),
+    [
+        (Quiet, "verdicts", {"judge": gives(True)}, "gives a bool, not a Verdict"),
+        (Quiet, "verdicts", {"judge": gives(Verdict(" "))}, "says not why"),
+        (Quiet, "verdicts", {"judge": gives(Verdict(score=float("nan")))}, "which is no number"),
+        (Quiet, "verdicts", {"judge": lambda self, c: Verdict(c.messages[9])}, "fails with IndexError"),
+        (Quiet, "verdicts", {"judge": lambda self, c: Verdict(score=len(c.messages))}, "fails with AttributeError"),
+        (Quiet, "purity", {"judge": counts}, "otherwise the second time"),
+        (Quiet, "purity", {"judge": lambda self, c: Verdict(f"{id(self)}")}, "another Variant judges"),
+        (Forgetting, "purity", {}, "after it was pickled"),
+        (Unheard, "purity", {"look": lambda self, c: lambda: c}, "can't be pickled"),
+        (Quiet, "order", {"judge": counts}, "make it a SetFilter"),
+        (Unheard, "order", {"begin": shares}, "aren't apart"),
+        (Quiet, "unchanged", {"judge": changes}, "changes the conversations"),
+    ],
+)  # fmt: skip
+def test_a_bad_filter_is_caught(base: type, check: str, methods: Mapping[str, object], problem: str) -> None:
+    filter, items = variant(base, **methods) if methods else base, deepcopy(filters.SAMPLES)
+    law = getattr(filters, f"check_{check}")
+    with pytest.raises(AssertionError) as caught:
+        law(*((filter(), filter(), items) if check == "purity" else (filter(), items)))
+    assert problem in str(caught.value)
+
+
+def test_samples_that_are_judged_otherwise_are_caught() -> None:
+    with pytest.raises(AssertionError, match=r"drops \(nothing is said\) what it should keep"):
+        filters.check_samples(Quiet(), filters.SAMPLES[6:7], filters.SAMPLES[6:7])
+    with pytest.raises(AssertionError, match="keeps what it should drop"):
+        filters.check_samples(Quiet(), filters.SAMPLES[:1], filters.SAMPLES[:1])
+    with pytest.raises(MissingSample, match="set `kept`"):
+        type("Tests", (FilterTests,), {"plugin": Quiet})().given("kept")
 
 
 # -------------------------------------------------------------------------------------------- callbacks
@@ -394,5 +513,5 @@ def test_the_kit_needs_neither_pytest_nor_torch_to_be_imported() -> None:
 
 
 def test_every_test_of_the_kit_says_what_it_is_about() -> None:
-    for mixin in (PluginTests, FormatTests, AdapterTests, LossTests, CallbackTests):
+    for mixin in (PluginTests, FormatTests, FilterTests, AdapterTests, LossTests, CallbackTests):
         assert all(getattr(mixin, name).__doc__ for name in dir(mixin) if name.startswith("test_"))

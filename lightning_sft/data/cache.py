@@ -26,8 +26,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lightning_sft import plugins
-from lightning_sft.bases import DataFormat
+from lightning_sft.bases import DataFormat, Filter
 from lightning_sft.data.sources import Source, data_files, hub_dataset
 from lightning_sft.data.store import Damaged, ExampleStore, file_digest
 from lightning_sft.errors import SFTError
@@ -41,7 +43,7 @@ VARIABLE = "LIGHTNING_SFT_CACHE"
 MOST_BYTES = 20 * 2**30
 """What all entries may take; beyond it, those that weren't used for the longest time go."""
 
-_LAYOUT = 1  # of the files of an entry
+_LAYOUT = 2  # of the files of an entry
 _LIBRARIES = ("jinja2", "numpy", "tokenizers", "transformers")
 _PARTIAL = ".partial-"
 _LOCKS = 256
@@ -150,9 +152,7 @@ def examples(
             fill(partial)
             for source, read in zip(sources, made["sources"], strict=True):
                 if _files(source) != read["files"]:
-                    raise SFTError(
-                        "the data was changed while it was read", where=source.path, fix="start again"
-                    )
+                    raise changed(source.path)
 
         return cache.get(digest(made), fill_and_check)
     except OSError as error:
@@ -161,6 +161,11 @@ def examples(
             where=str(tempfile.gettempdir() if cache is None else cache.folder),
             fix="make room, or give a folder on another disk: data.cache, or TMPDIR without one",
         ) from error
+
+
+def changed(where: str) -> SFTError:
+    """The error for data that is another one than when it was looked at first."""
+    return SFTError("the data was changed while it was read", where=where, fix="start again")
 
 
 def _temporary(fill: Callable[[Path], None]) -> ExampleStore:
@@ -272,7 +277,7 @@ def _source(source: Source) -> dict[str, object]:
         "path": source.path,
         "files": _files(source),
         "options": [source.subset, source.split, source.revision, source.limit],
-        "format": _installed() if source.format == "auto" else _format(source.format),
+        "format": _installed() if source.format == "auto" else _plugin(source.format, "format"),
     }
 
 
@@ -287,12 +292,12 @@ def _files(source: Source) -> list[list[str]]:
     return found
 
 
-def _format(format: DataFormat) -> list[object]:
-    """A format's class with its code, and the state that its options gave it."""
-    cls = type(format)
+def _plugin(plugin: DataFormat | Filter, one: str) -> list[object]:
+    """The class of a format or filter with its code, and the state that its options gave it."""
+    cls = type(plugin)
     name = f"{cls.__module__}.{cls.__qualname__}"
     if "<locals>" in cls.__qualname__:
-        raise NotCached(f"the format {name} is a class within a function")
+        raise NotCached(f"the {one} {name} is a class within a function")
     packages = {base.__module__.partition(".")[0] for base in cls.__mro__} - {
         "builtins",
         "abc",
@@ -300,8 +305,8 @@ def _format(format: DataFormat) -> list[object]:
     }
     code = {package: _code(package) for package in sorted(packages)}
     slots = [slot for base in cls.__mro__ for slot in getattr(base, "__slots__", ())]
-    state = {slot: getattr(format, slot, None) for slot in slots} | vars(format)
-    return [name, plugins.describe(format), code, _plain(state, name)]
+    state = {slot: getattr(plugin, slot, None) for slot in slots} | getattr(plugin, "__dict__", {})
+    return [name, plugins.describe(plugin), code, _plain(state, name)]
 
 
 def _installed() -> dict[str, object]:
@@ -331,8 +336,13 @@ def _plain(value: object, where: str) -> object:
         case Mapping():
             pairs = [[_plain(key, where), _plain(item, where)] for key, item in value.items()]
             return ["mapping", pairs]
+        case np.ndarray() if not value.dtype.hasobject:
+            content = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+            return ["array", str(value.dtype), list(value.shape), content]
         case DataFormat():
-            return _format(value)
+            return _plugin(value, "format")
+        case Filter():
+            return _plugin(value, "filter")
         case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
             return [type(value).__qualname__, _plain(fields, where)]

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
+from lightning_sft.bases import Filter
 from lightning_sft.data.batch import Batch
 from lightning_sft.data.cache import default_folder
 from lightning_sft.data.ledger import check_losses
@@ -21,7 +22,7 @@ from lightning_sft.data.mixture import check_weights, draw, rows_per_epoch
 from lightning_sft.data.packing import check_options
 from lightning_sft.data.plan import BatchPlan
 from lightning_sft.data.prepare import Prepared, check_ids, prepare
-from lightning_sft.data.sources import Source
+from lightning_sft.data.sources import Sources, as_sources
 from lightning_sft.data.split import shared_prompts, split_indices
 from lightning_sft.data.truncation import Overlong
 from lightning_sft.data.workers import cores
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
 
     from lightning_sft.training.module import SFTModule
 
-Sources = str | list[str | Source]
-"""A path by itself, or a list of paths and sources."""
-
 
 class SFTDataModule(LightningDataModule):
     """Reads conversations, renders them with the model's tokenizer, and serves them in planned batches.
@@ -43,6 +41,8 @@ class SFTDataModule(LightningDataModule):
         train: Training data: a path, or a list of paths and sources (path, format, …).
         val: Validation data, likewise.
         test: Test data, likewise.
+        filters: Filters that training data has to pass, in this order, before validation data is split off. Data given
+            as `val` and `test` isn't filtered.
         val_split: Take validation data from the training data instead: a fraction (0.05) or a number of rows.
             Rows with the same prompt stay on one side.
         split_seed: Seed of that split; apart from `seed`, so that runs with other seeds stay comparable.
@@ -73,6 +73,7 @@ class SFTDataModule(LightningDataModule):
         train: Sources | None = None,
         val: Sources | None = None,
         test: Sources | None = None,
+        filters: list[Filter] | None = None,
         val_split: float | int | None = None,
         split_seed: int = 0,
         max_length: int | None = None,
@@ -100,8 +101,9 @@ class SFTDataModule(LightningDataModule):
         _at_least("batch_tokens", batch_tokens, 2)
         _at_least("pack_length", pack_length, 2)
         check_options(batch_tokens, packing, pack_length, order)
-        self.sources = {"train": _sources(train), "val": _sources(val), "test": _sources(test)}
+        self.sources = {"train": as_sources(train), "val": as_sources(val), "test": as_sources(test)}
         check_weights(self.sources)
+        self.filters = filters or []
         self.val_split = val_split
         self.split_seed = split_seed
         self.max_length = max_length
@@ -334,6 +336,7 @@ class SFTDataModule(LightningDataModule):
             module.renderer,
             max_length=limit,
             overlong=self.overlong,
+            filters=self.filters if part == "train" else (),
             cache_folder=self.cache_folder,
             workers=self.preparation_workers,
         )
@@ -390,10 +393,3 @@ class SFTDataModule(LightningDataModule):
 def _at_least(option: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
         raise SFTError(f"{option} is {value}", where=f"data.{option}", fix=f"give at least {least}")
-
-
-def _sources(given: Sources | None) -> list[Source]:
-    if given is None:
-        return []
-    listed = [given] if isinstance(given, str) else given
-    return [Source(path=each) if isinstance(each, str) else each for each in listed]

@@ -1,8 +1,8 @@
 """Where every row and token went: nothing is lost silently.
 
-For each source: rows read → conversations converted → examples rendered → kept, truncated, split or dropped (with the
-reason). Tokens rendered + repeated = trained + context + lost; and of those to train, rendered + retrained = trained +
-lost.
+For each source: rows read → conversations converted → filtered → examples rendered → kept, truncated, split or dropped
+(with the reason). Conversations = those filtered + those rendered. Tokens rendered + repeated = trained + context +
+lost; and of those to train, rendered + retrained = trained + lost.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class SourceLedger:
             together, such as the messages of a tree.
         rows_without_conversation: Gathered rows of which the format made none, on purpose.
         conversations: Conversations made of the others (a format may make several of a row).
-        rendered: Examples rendered: one of each conversation, or of each trained turn with `split_turns`.
+        filtered: How many of them each filter dropped, by filter and reason; they aren't rendered.
+        rendered: Examples rendered: one of each conversation kept, or of each trained turn with `split_turns`.
         examples: Examples kept, pieces of one counted each.
         tokens: Tokens rendered.
         tokens_to_train: How many of them were to be trained.
@@ -82,6 +83,7 @@ class SourceLedger:
     gathered_rows: int = 0
     rows_without_conversation: int = 0
     conversations: int = 0
+    filtered: dict[str, dict[str, int]] = field(default_factory=dict)
     rendered: int = 0
     examples: int = 0
     tokens: int = 0
@@ -94,6 +96,16 @@ class SourceLedger:
     dropped: dict[str, Loss] = field(default_factory=dict)
     split: Pieces = field(default_factory=Pieces)
     notes: dict[str, int] = field(default_factory=dict)
+
+    def count_filtered(self, filter: str, reason: str) -> None:
+        """Count a conversation that a filter dropped."""
+        reasons = self.filtered.setdefault(filter, {})
+        reasons[reason] = reasons.get(reason, 0) + 1
+
+    @property
+    def filtered_conversations(self) -> int:
+        """Conversations that filters dropped."""
+        return sum(count for reasons in self.filtered.values() for count in reasons.values())
 
     def count(self, fitted: Fitted) -> None:
         """Count an example that was rendered, and what became of it."""
@@ -146,7 +158,10 @@ class SourceLedger:
             raise AssertionError(f"tokens to train don't add up: {self}")
         dropped = sum(loss.examples for loss in self.dropped.values())
         made = self.rendered - self.split.examples + self.split.pieces
-        if made != self.examples + dropped or self.rendered < self.conversations:
+        if (
+            made != self.examples + dropped
+            or self.rendered < self.conversations - self.filtered_conversations
+        ):
             raise AssertionError(f"examples don't add up: {self}")
         if self.gathered_rows - self.rows_without_conversation > self.conversations:
             raise AssertionError(f"rows don't add up: {self}")
@@ -178,9 +193,18 @@ def check_losses(
     """
     lost = [(reason, loss) for ledger in ledgers for reason, loss in ledger.by_reason if loss.trained_tokens]
     where = ", ".join(ledger.source for ledger in ledgers if ledger.lost or not ledger.examples)
+    filters = {
+        f"filtered by {filter} ({reason})"
+        for ledger in ledgers
+        for filter, filtered in ledger.filtered.items()
+        for reason in filtered
+    }
     reasons = ", ".join(sorted({reason for reason, _ in lost}))
     fixes = _remedies(max((ledger.longest for ledger in ledgers), default=0), max_length, context, overlong)
     if not any(ledger.examples for ledger in ledgers):
+        if filters:
+            fixes = ["change data.filters", *(fixes if reasons else [])]
+        reasons = ", or ".join([*sorted(filters), *([reasons] if reasons else [])])
         raise SFTError(
             "nothing is left to train on" + (f": every example was {reasons}" if reasons else ""),
             where=where,

@@ -13,7 +13,7 @@ from rich.text import Text
 from lightning_sft.data.ledger import SourceLedger
 
 _NAME = 12  # least width of a source's name
-_RENDERED, _SPLIT = "ren-\ndered", "split"  # columns that are left out where they tell nothing
+_FILTERED, _RENDERED, _SPLIT = "fil-\ntered", "ren-\ndered", "split"  # left out where they tell nothing
 
 
 def ledger_table(parts: Mapping[str, Sequence[SourceLedger]], width: int) -> str:
@@ -26,8 +26,8 @@ def ledger_table(parts: Mapping[str, Sequence[SourceLedger]], width: int) -> str
     ledgers = [(part, ledger) for part, accounts in parts.items() for ledger in accounts]
     rows = [_counts(ledger) for _, ledger in ledgers]
     rows.append({name: sum(row[name] for row in rows) for name in _counts(SourceLedger("", ""))})
-    left_out = set() if rows[-1][_SPLIT] else {_SPLIT}
-    if all(ledger.rendered == ledger.conversations for _, ledger in ledgers):
+    left_out = {name for name in (_FILTERED, _SPLIT) if not rows[-1][name]}
+    if all(ledger.rendered == ledger.conversations - ledger.filtered_conversations for _, ledger in ledgers):
         left_out.add(_RENDERED)
     columns = [name for name in rows[-1] if name not in left_out]
     for write, gap in ((_exact, 2), (_exact, 1), (short, 2), (short, 1)):
@@ -55,6 +55,9 @@ def ledger_lines(ledger: SourceLedger) -> Iterator[str]:
     """What happened to the rows of a source, and why."""
     if ledger.rows_without_conversation:
         yield f"left out {ledger.rows_without_conversation:,} rows: the format makes nothing of them"
+    for filter, reasons in ledger.filtered.items():
+        for reason, number in reasons.items():
+            yield f"filtered {number:,} conversations ({filter}): {reason}"
     for note, number in ledger.notes.items():
         yield f"{number:,} examples: {note}"
     split = ledger.split
@@ -86,6 +89,7 @@ def _counts(ledger: SourceLedger) -> dict[str, int]:
     return {
         "rows\nread": ledger.rows,
         "con-\nverted": ledger.conversations,
+        _FILTERED: ledger.filtered_conversations,
         _RENDERED: ledger.rendered,
         "trun-\ncated": ledger.truncated_examples,
         _SPLIT: ledger.split.examples,

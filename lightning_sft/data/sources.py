@@ -58,6 +58,18 @@ class Source:
     weight: float = 1.0
 
 
+Sources = str | list[str | Source]
+"""A path by itself, or a list of paths and sources."""
+
+
+def as_sources(given: Sources | None) -> list[Source]:
+    """The sources that an option gives."""
+    if given is None:
+        return []
+    listed = [given] if isinstance(given, str) else given
+    return [Source(path=each) if isinstance(each, str) else each for each in listed]
+
+
 def read_rows(source: Source) -> Iterator[tuple[Meta, Row]]:
     """The source's rows, each with its file and row number; one at a time where the file type permits.
 

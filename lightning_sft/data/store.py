@@ -5,6 +5,7 @@
 <folder>/weights     float32, likewise
 <folder>/reasons     uint8, likewise
 <folder>/records     one `RECORD` per example
+<folder>/filtered    a line of JSON for each conversation that a filter dropped
 <folder>/contents    the labels that records refer to, the accounts, and a hash of each file; written last
 ```
 
@@ -53,6 +54,7 @@ _TOKENS: dict[str, np.dtype[Any]] = {
     "reasons": np.dtype(np.uint8),
 }
 _ARRAYS: dict[str, np.dtype[Any]] = {**_TOKENS, "records": RECORD}
+_FILTERED = "filtered"
 _CONTENTS = "contents"
 _COPIED = 4096  # examples of a part that are copied at once to hash them
 
@@ -128,8 +130,10 @@ class Writer:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[str, IO[bytes]] = {name: (folder / name).open("wb") for name in _ARRAYS}
-        self._hashes = {name: hashlib.sha256() for name in _ARRAYS}
+        self._files: dict[str, IO[bytes]] = {
+            name: (folder / name).open("wb") for name in (*_ARRAYS, _FILTERED)
+        }
+        self._hashes = {name: hashlib.sha256() for name in self._files}
         self._labels: dict[Label, int] = {}
         self._tokens = 0
 
@@ -150,9 +154,15 @@ class Writer:
         records["label"] = np.array(numbers, np.int32)[records["label"]]
         self._tokens += len(block.arrays["input_ids"])
         for name, array in block.arrays.items():
-            data = array.tobytes()
-            self._files[name].write(data)
-            self._hashes[name].update(data)
+            self._write(name, array.tobytes())
+
+    def append_filtered(self, line: str) -> None:
+        """Write a line about a conversation that a filter dropped."""
+        self._write(_FILTERED, f"{line}\n".encode())
+
+    def _write(self, name: str, data: bytes) -> None:
+        self._files[name].write(data)
+        self._hashes[name].update(data)
 
     def finish(self, accounts: object) -> None:
         """Write what says that the store is whole.
@@ -201,6 +211,11 @@ class ExampleStore(Sequence[Example]):
         ]
         self._arrays = {name: _mapped(folder / name, dtype) for name, dtype in _ARRAYS.items()}
         self._rows: NDArray[np.int64] | None = None
+
+    @property
+    def filtered(self) -> Path:
+        """The file with a line of JSON for each conversation that a filter dropped."""
+        return self.folder / _FILTERED
 
     def part(self, rows: Sequence[int] | NDArray[np.int64]) -> ExampleStore:
         """Some of the examples, by index, in this order."""

@@ -379,7 +379,7 @@ cache.Cache(Path(sys.argv[1])).get(sys.argv[2], fill)
 
 def test_a_killed_writer_leaves_no_entry_and_the_next_one_tidies_up(data, folder, tokenizer):
     renderer, sources = Renderer(tokenizer), [Source(str(data))]
-    options = {"max_length": None, "overlong": "drop"}
+    options = {"max_length": None, "overlong": "drop", "filters": []}
     key = cache.digest(cache.facts(sources, renderer, options))
     done = subprocess.run([sys.executable, "-c", KILLED, str(folder), key], check=False)
     assert done.returncode == -9
