@@ -14,8 +14,17 @@ the same ones; neither pytest nor anything else beyond lightning-sft is needed f
 
 from lightning_sft.testing.adapters import AdapterTests
 from lightning_sft.testing.callbacks import CallbackTests
+from lightning_sft.testing.evaluators import EvaluatorTests
 from lightning_sft.testing.formats import FormatTests
 from lightning_sft.testing.losses import LossTests
 from lightning_sft.testing.plugin import MissingSample, PluginTests
 
-__all__ = ["AdapterTests", "CallbackTests", "FormatTests", "LossTests", "MissingSample", "PluginTests"]
+__all__ = [
+    "AdapterTests",
+    "CallbackTests",
+    "EvaluatorTests",
+    "FormatTests",
+    "LossTests",
+    "MissingSample",
+    "PluginTests",
+]
