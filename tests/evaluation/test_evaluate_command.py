@@ -229,6 +229,11 @@ def test_a_shipped_evaluator_parses_beside_a_run_and_explains_each_key(here, cap
     assert [line for line in keys if "  #" not in line] == []
 
 
+@pytest.mark.parametrize("command", ["preview", "plan"])
+def test_a_run_s_evaluators_are_no_business_of_commands_without_weights(here, capsys, command):
+    assert main([command, "--config", "my.yaml"]) == 0, capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(here):
     base = [sys.executable, "-m", "lightning_sft", "evaluate", "--config", "my.yaml", "--source", "runs/my-1"]
