@@ -22,6 +22,7 @@ _HOME = {
     "Generate": "lightning_sft.evaluation.requests",
     "Generated": "lightning_sft.evaluation.requests",
     "Item": "lightning_sft.evaluation.requests",
+    "ItemText": "lightning_sft.evaluation.requests",
     "Likelihood": "lightning_sft.evaluation.requests",
     "LogLikelihood": "lightning_sft.evaluation.requests",
     "Loss": "lightning_sft.bases",
@@ -36,6 +37,8 @@ _HOME = {
     "Results": "lightning_sft.evaluation.results",
     "RollingLogLikelihood": "lightning_sft.evaluation.requests",
     "Row": "lightning_sft.conversation",
+    "RowExpression": "lightning_sft.row_template",
+    "RowTemplate": "lightning_sft.row_template",
     "SFTDataModule": "lightning_sft.data.datamodule",
     "SFTError": "lightning_sft.errors",
     "SFTModule": "lightning_sft.training.module",
@@ -86,6 +89,7 @@ if TYPE_CHECKING:
         Generate,
         Generated,
         Item,
+        ItemText,
         Likelihood,
         LogLikelihood,
         RollingLogLikelihood,
@@ -94,6 +98,7 @@ if TYPE_CHECKING:
     from lightning_sft.evaluation.scorer import Scorer
     from lightning_sft.example import Example
     from lightning_sft.rendering import Renderer, RenderPolicies
+    from lightning_sft.row_template import RowExpression, RowTemplate
     from lightning_sft.training.module import SFTModule
 
 __all__ = [
@@ -108,6 +113,7 @@ __all__ = [
     "Generate",
     "Generated",
     "Item",
+    "ItemText",
     "Likelihood",
     "LogLikelihood",
     "Loss",
@@ -122,6 +128,8 @@ __all__ = [
     "Results",
     "RollingLogLikelihood",
     "Row",
+    "RowExpression",
+    "RowTemplate",
     "SFTDataModule",
     "SFTError",
     "SFTModule",

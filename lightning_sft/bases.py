@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from lightning_sft.evaluation.requests import Answered, Item
+    from lightning_sft.evaluation.requests import Answered, Item, ItemText
     from lightning_sft.evaluation.results import Results
 
 
@@ -261,3 +261,10 @@ class Evaluator(ABC):
     @abstractmethod
     def score(self, answered: Sequence[Answered]) -> Results:
         """Records and scores of all items, answered, in the order of `requests`. Pure, and cheap."""
+
+    def texts(self) -> Iterable[ItemText]:
+        """What its items say, each with an id: training data is tested for overlap with it.
+
+        By default each item's `text` and `answer`, in the order of `requests`, whose errors it raises.
+        """
+        return [item.exposed for item in self.requests()]

@@ -94,6 +94,12 @@ KINDS: Mapping[str, Kind] = {
             "lightning_sft.testing.callbacks:CallbackTests",
             "trainer:\n  callbacks: [{name}]",
         ),
-        Kind("evaluators", "evaluator", "lightning_sft.bases:Evaluator", in_yaml="evaluators: [{name}]"),
+        Kind(
+            "evaluators",
+            "evaluator",
+            "lightning_sft.bases:Evaluator",
+            "lightning_sft.testing.evaluators:EvaluatorTests",
+            "evaluators: [{name}]",
+        ),
     )
 }

@@ -32,7 +32,7 @@ def parser(name: str, description: str) -> Any:
     made.add_lightning_class_args(SFTModule, "model")
     made.add_lightning_class_args(SFTDataModule, "data")
     made.add_lightning_class_args(Trainer, "trainer", required=False)
-    for key in ("seed_everything", "ckpt_path", "weights_only", "checkpoints"):  # of `fit`
+    for key in ("seed_everything", "ckpt_path", "weights_only", "checkpoints", "evaluators"):  # of `fit`
         made.add_argument(f"--{key}", type=Any, default=None, help="As in `fit`; changes nothing here.")
     return made
 

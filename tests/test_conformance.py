@@ -9,7 +9,7 @@ import pytest
 from lightning_sft import Conversation, Message
 from lightning_sft.plugin_kinds import KINDS
 from lightning_sft.plugins import discover
-from lightning_sft.testing import AdapterTests, CallbackTests, FilterTests, FormatTests, LossTests
+from lightning_sft.testing import AdapterTests, CallbackTests, EvaluatorTests, FilterTests, FormatTests, LossTests
 from lightning_sft_adapters.any_peft import Peft
 from lightning_sft_adapters.freeze import Freeze
 from lightning_sft_adapters.full import Full
@@ -30,6 +30,11 @@ from lightning_sft_filters.overlap import Overlap
 from lightning_sft_filters.pattern import Pattern
 from lightning_sft_filters.refusals import Refusals
 from lightning_sft_filters.repetition import Repetition
+from lightning_sft_evaluators.bbh import BBH
+from lightning_sft_evaluators.generation_task import GenerationTask
+from lightning_sft_evaluators.mmlu import MMLU
+from lightning_sft_evaluators.multiple_choice import MultipleChoice
+from lightning_sft_evaluators.perplexity import Perplexity
 from lightning_sft_formats.alpaca import Alpaca
 from lightning_sft_formats.columns import Columns
 from lightning_sft_formats.dolly import Dolly
@@ -350,6 +355,81 @@ class TestEvaluateDuringFit(CallbackTests):
     options = {
         "evaluators": [{"class_path": "Perplexity", "init_args": {"path": "tiny:general"}}],
         "items": 2,
+    }
+
+
+class TestMMLU(EvaluatorTests):
+    plugin = MMLU
+
+    @pytest.fixture(autouse=True)
+    def write_questions(self, tmp_path):
+        rows = [
+            {
+                "question": f"The {noun}?",
+                "choices": ["blue", "red", "green", "no"],
+                "answer": n,
+                "subject": "hue",
+            }
+            for n, noun in enumerate(["sky", "rose", "grass"])
+        ]
+        (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.options = {"path": str(tmp_path / "test.jsonl"), "shots": 0, "style": "continuation"}
+
+
+class TestBBH(EvaluatorTests):
+    plugin = BBH
+
+    @pytest.fixture(autouse=True)
+    def write_task(self, tmp_path):
+        (tmp_path / "cot-prompts").mkdir()
+        (tmp_path / "tasks").mkdir()
+        example = "Q: Left?\nA: Let's think step by step. It is. So the answer is Yes."
+        (tmp_path / "cot-prompts/navigate.txt").write_text(f"canary\n-----\nFind the way.\n\n{example}")
+        rows = [{"input": f"{way}?", "target": "Yes"} for way in ("Right", "Up")]
+        (tmp_path / "tasks/navigate.json").write_text(json.dumps({"examples": rows}))
+        self.options = {"path": str(tmp_path), "tasks": ["navigate"], "shots": 1, "max_new_tokens": 4}
+
+
+class TestPerplexity(EvaluatorTests):
+    plugin = Perplexity
+    options = {"path": "tiny:general", "limit": 3}
+
+
+class TestMultipleChoice(EvaluatorTests):
+    plugin = MultipleChoice
+    options = {
+        "path": "tiny:facts",
+        "prompt": "Question: {{ question }} Answer:",
+        "answer": "answer",
+        "metrics": ["acc", "acc_norm", "acc_bytes", "mc2"],
+        "shots": 2,
+        "shots_seed": 3,
+    }
+
+
+class TestMultipleChoiceInTheContext(EvaluatorTests):
+    plugin = MultipleChoice
+    options = {
+        "path": "tiny:facts",
+        "prompt": "Is it {{ choice }}?",
+        "continuation": "{{ question }}",
+        "answer": "answer",
+        "chat": True,
+        "limit": 3,
+    }
+
+
+class TestGenerationTask(EvaluatorTests):
+    plugin = GenerationTask
+    options = {
+        "path": "tiny:held_out",
+        "prompt": "{{ instruction }} {{ input }}",
+        "answer": "output",
+        "task": "{{ task }}",
+        "extract": {"last": {"pattern": "(\\w+)", "place": -1}},
+        "ignore": ["[.]"],
+        "stop": ["\n"],
+        "max_new_tokens": 8,
     }
 
 

@@ -126,6 +126,28 @@ def test_the_guides_plugins_are_found_and_pass_their_tests(guide, tmp_path_facto
     assert ran == 34
 
 
+def test_the_guides_evaluator_passes_its_tests_and_asks_the_model(guide, tmp_path_factory, capsys):
+    rows = [("dry", "wet", "short"), ("wide", "narrow", "full"), ("long", "short", "wet")]
+    columns = ("word", "opposite", "other")
+    lines = [json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows]
+    (guide / "tests/opposites.jsonl").write_text("".join(lines))
+    spec = spec_from_file_location("guide_tests", guide / "tests" / "test_evaluator.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    names = [name for name in dir(module.TestOpposites) if name.startswith("test_")]
+    for name in names:
+        getattr(module.TestOpposites(), name)()
+    assert len(names) == 10
+    assert main(["evaluate", "--config", "scores.yaml"]) == 0
+    found = json.loads((guide / "runs/evaluation-tiny/results.json").read_text())["evaluators"]["Opposites"]
+    assert [(s["name"], s["value"], s["items"]) for s in found["scores"]] == [
+        ("opposites", 1.0, 3), ("opposites/opposites", 1.0, 3),
+    ]  # fmt: skip
+    (guide / "tests/opposites.jsonl").write_text(lines[0] + '{"word": "wide"}\n')
+    assert main(["evaluate", "--config", "scores.yaml"]) == 2
+    assert "opposites.jsonl, row 2, key 'opposite': there is no word" in capsys.readouterr().err
+
+
 def test_the_guides_run_leaves_out_other_languages_and_stops_when_it_has_learned(guide, capsys):
     rows = [{"question": f"{n}?", "answer": f"{n}.", "language": "de" if n == 3 else "en"} for n in range(6)]
     rows[4]["answer"] = "4 and"

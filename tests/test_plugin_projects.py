@@ -181,6 +181,7 @@ def test_a_run_with_all_of_them(installed: Path, named: str) -> None:
         },
         "data": {"train": [{"path": "rows.jsonl", "format": name["formats"]}], "batch_size": 3},
         "trainer": {"max_steps": 2, "accelerator": "cpu", "callbacks": [{"class_path": name["callbacks"]}]},
+        "evaluators": [{"class_path": name["evaluators"], "init_args": {"largest": 1}}],
     }
     (installed / "run.yaml").write_text(yaml.safe_dump(config))
     command = installed / "venv" / "bin" / "lightning-sft"
@@ -191,6 +192,10 @@ def test_a_run_with_all_of_them(installed: Path, named: str) -> None:
     out = run(command, "fit", "--config", "run.yaml", cwd=installed)
     assert "format MyFormats (my-formats 0.1.0)" in out
     assert "lowest training loss: " in out
+    run(command, "evaluate", "--config", "run.yaml", "--output", f"scores {named}", cwd=installed)
+    told = json.loads((installed / f"scores {named}" / "results.json").read_text())["evaluators"]
+    (score, _) = told["MyEvaluators"]["scores"]
+    assert (score["name"], score["metric"], score["items"]) == ("MyEvaluators", "exact_match", 4)
 
 
 @pytest.mark.slow

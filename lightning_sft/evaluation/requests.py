@@ -97,6 +97,21 @@ Response = Likelihood | Generated
 
 
 @dataclass(frozen=True, slots=True)
+class ItemText:
+    """What an item says, for tests that training data doesn't hold it.
+
+    Args:
+        id: Which item: its task and its number there; no two items of an evaluator have the same.
+        text: The question, or the text that is scored.
+        answer: The right answer in words; empty where there is none.
+    """
+
+    id: str
+    text: str
+    answer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """One item of an evaluation: a question, a text, a task to do.
 
@@ -106,6 +121,9 @@ class Item:
         requests: What the model is asked for it.
         target: The right answer.
         data: What judging needs beside it, in JSON types.
+        text: The question without examples and instructions, as training data could hold it; without it all that
+            is asked counts as such.
+        answer: The right answer in words, where `target` isn't.
     """
 
     task: str
@@ -113,6 +131,16 @@ class Item:
     requests: tuple[Request, ...]
     target: str = ""
     data: Mapping[str, object] = field(default_factory=dict)
+    text: str = ""
+    answer: str = ""
+
+    @property
+    def exposed(self) -> ItemText:
+        """The item's text and answer, with an id."""
+        text = self.text or "\n".join(
+            dict.fromkeys(each for asked in self.requests for each in _texts_of(asked))
+        )
+        return ItemText(f"{self.task}/{self.number}", text, self.answer or self.target)
 
     @property
     def key(self) -> str:
@@ -158,3 +186,12 @@ class Answered:
             if isinstance(response, Generated):
                 return response.text
         raise ValueError(f"nothing was generated for {self.item.task} {self.item.number}")
+
+
+def _texts_of(request: Request) -> tuple[str, ...]:
+    """All texts of a request."""
+    if isinstance(request, RollingLogLikelihood):
+        return (request.text,)
+    prompt = request.context if isinstance(request, LogLikelihood) else request.prompt
+    texts = (prompt,) if isinstance(prompt, str) else tuple(message.content for message in prompt)
+    return (*texts, request.continuation) if isinstance(request, LogLikelihood) else texts

@@ -15,6 +15,7 @@ the same ones; neither pytest nor anything else beyond lightning-sft is needed f
 from lightning_sft.testing.adapters import AdapterTests
 from lightning_sft.testing.callbacks import CallbackTests
 from lightning_sft.testing.filters import FilterTests
+from lightning_sft.testing.evaluators import EvaluatorTests
 from lightning_sft.testing.formats import FormatTests
 from lightning_sft.testing.losses import LossTests
 from lightning_sft.testing.plugin import MissingSample, PluginTests
@@ -23,6 +24,7 @@ __all__ = [
     "AdapterTests",
     "CallbackTests",
     "FilterTests",
+    "EvaluatorTests",
     "FormatTests",
     "LossTests",
     "MissingSample",

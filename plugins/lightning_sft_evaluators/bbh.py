@@ -110,7 +110,7 @@ class BBH(Evaluator):
             for number in chosen(len(task.items), self.limit, self.seed):
                 asked, target = task.items[number]
                 request = Generate(writer.prompt(self._asked(asked)), stops, self.max_new_tokens)
-                items.append(Item(task.name, number, (request,), target, {"question": asked}))
+                items.append(Item(task.name, number, (request,), target, {"question": asked}, text=asked))
         return items
 
     def score(self, answered: Sequence[Answered]) -> Results:

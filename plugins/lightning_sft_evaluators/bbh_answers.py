@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-INVALID = "[invalid]"
+from lightning_sft_evaluators.finds import INVALID, find, first
 
 _AFTER = re.compile(r"(?<=the answer is )(.*)(?=.)")
 _AFTER_ANY = re.compile(
@@ -47,12 +47,12 @@ _IN_WORDS = re.compile(  # the harness's pattern, which finds no lone six, seven
 
 def after_the_answer_is(text: str) -> str:
     """The chain of thought's answer: what follows the first "the answer is ", but for the line's last character."""
-    return _found(_AFTER, text, 0)
+    return find(_AFTER, text, 0)
 
 
 def after_an_answer_is(text: str) -> str:
     """The same after any of four such phrases."""
-    return _found(_AFTER_ANY, text, 0)
+    return find(_AFTER_ANY, text, 0)
 
 
 def answer_of(task: str, question: str, text: str, place: int) -> str:
@@ -65,11 +65,11 @@ def answer_of(task: str, question: str, text: str, place: int) -> str:
         place: Which of several finds: 0 the first, -1 the last.
     """
     if task in _WORDS:
-        return _found(re.compile(_WORDS[task]), text, place)
+        return find(re.compile(_WORDS[task]), text, place)
     if task in _MEANINGS:
         return _meaning(_MEANINGS[task], text.lower(), place)
     if task in ("multistep_arithmetic_two", "object_counting"):
-        return _first(_NUMBER, text, place) or _number_in_words(text.lower(), place)
+        return first(_NUMBER, text, place) or _number_in_words(text.lower(), place)
     if task == "word_sorting":
         return _in_order(question.split("List:")[1].split(), text)
     return _option(question, text, place)
@@ -84,27 +84,8 @@ def _plain(text: str) -> str:
     return re.sub(r'[,\n\\"]', "", re.sub(r"\.$", "", text)).lower()
 
 
-def _found(pattern: re.Pattern[str], text: str, place: int) -> str:
-    """The find, stripped, which may be empty; `INVALID` where nothing is found, or groups that all are empty."""
-    found = pattern.findall(text)
-    if not found or (isinstance(found[place], tuple) and not any(found[place])):
-        return INVALID
-    return _first(pattern, text, place)
-
-
-def _first(pattern: re.Pattern[str], text: str, place: int) -> str:
-    """The find's first group that isn't empty, stripped; empty where nothing is found."""
-    found: Sequence[str | tuple[str, ...]] = pattern.findall(text)
-    if not found:
-        return ""
-    chosen = found[place]
-    if isinstance(chosen, tuple):
-        chosen = next(filter(None, chosen), "")
-    return chosen.strip()
-
-
 def _meaning(meanings: dict[str, str], text: str, place: int) -> str:
-    found = _first(re.compile("|".join(meanings)), text, place)
+    found = first(re.compile("|".join(meanings)), text, place)
     return next(
         (value for pattern, value in meanings.items() if found and re.search(pattern, found)), INVALID
     )
@@ -133,15 +114,15 @@ def _in_order(words: Sequence[str], text: str) -> str:
 
 def _option(question: str, text: str, place: int) -> str:
     """The letter in brackets; else the option's text, else the letter after a colon."""
-    if found := _first(_IN_BRACKETS, text, place):
+    if found := first(_IN_BRACKETS, text, place):
         return found
     options = [_bare(option.strip()) for option in _OPTION.findall(question)]
     letters = [chr(ord("A") + number) for number in range(len(options))]
     of_text = dict(zip(options, (f"({letter})" for letter in letters), strict=True))
     escaped = sorted(map(re.escape, options), key=len, reverse=True)
-    if found := _first(re.compile("|".join(escaped)), _bare(text), place):
+    if found := first(re.compile("|".join(escaped)), _bare(text), place):
         return of_text.get(found, found)
-    if found := _first(re.compile(rf":[\s]*({'|'.join(letters)})"), text, place):
+    if found := first(re.compile(rf":[\s]*({'|'.join(letters)})"), text, place):
         return f"({found})"
     return INVALID
 

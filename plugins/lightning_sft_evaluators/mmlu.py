@@ -149,13 +149,21 @@ class MMLU(Evaluator):
 
     def _item(self, writer: FewShot, question: Question, number: int) -> Item:
         prompt = writer.prompt(self._asked(question))
+        requests: tuple[Generate | LogLikelihood, ...]
         if self.style == "generative":
-            asked = Generate(prompt, ("</s>", "\n"), self.max_new_tokens)
-            return Item(question.subject, number, (asked,), LETTERS[question.answer])
-        gap = "" if self.chat else " "
-        texts = question.choices if self.style == "continuation" else LETTERS[: len(question.choices)]
-        requests = tuple(LogLikelihood(prompt, f"{gap}{text}") for text in texts)
-        return Item(question.subject, number, requests, LETTERS[question.answer])
+            requests = (Generate(prompt, ("</s>", "\n"), self.max_new_tokens),)
+        else:
+            gap = "" if self.chat else " "
+            texts = question.choices if self.style == "continuation" else LETTERS[: len(question.choices)]
+            requests = tuple(LogLikelihood(prompt, f"{gap}{text}") for text in texts)
+        return Item(
+            question.subject,
+            number,
+            requests,
+            LETTERS[question.answer],
+            text=question.text,
+            answer=question.choices[question.answer],
+        )
 
     def _judge(self, answered: Answered) -> Record:
         target = answered.item.target

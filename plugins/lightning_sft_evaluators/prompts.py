@@ -19,6 +19,7 @@ class FewShot:
         delimiter: Between a question and its answer, where both are in one text.
         chat: Prompts are messages for the model's chat template.
         turns: In a chat, each shot is a turn of the user and one of the assistant; else all is one turn.
+        separator: After each shot, where all is one text.
     """
 
     description: str
@@ -26,6 +27,7 @@ class FewShot:
     delimiter: str = " "
     chat: bool = False
     turns: bool = True
+    separator: str = "\n\n"
 
     def prompt(self, question: str) -> str | tuple[Message, ...]:
         """The prompt that ends in this question."""
@@ -36,7 +38,8 @@ class FewShot:
                 for role, text in zip(("user", "assistant"), shot, strict=True)
             ]
             return (*self._system(), *said, Message("user", question))
-        text = "".join(f"{asked}{self.delimiter}{answer}\n\n" for asked, answer in self.shots) + question
+        shots = (f"{asked}{self.delimiter}{answer}{self.separator}" for asked, answer in self.shots)
+        text = "".join(shots) + question
         return (*self._system(), Message("user", text)) if self.chat else self.description + text
 
     def _system(self) -> tuple[Message, ...]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lightning_sft import Conversation, DataFormat, Message, Meta, Row, Segments, SFTError
+from lightning_sft import Conversation, DataFormat, Message, Meta, Row, RowTemplate, Segments, SFTError
 from lightning_sft_formats.fields import read_filled
-from lightning_sft_formats.row_template import check, render
 
 
 class Columns(DataFormat):
@@ -36,7 +35,7 @@ class Columns(DataFormat):
         if user is None and system is not None:
             raise SFTError("a system prompt needs a user's turn", where="system", fix="give `user` as well")
         self.templates = {
-            name: text
+            name: RowTemplate(text, name)
             for name, text in (
                 ("assistant", assistant),
                 ("user", user),
@@ -46,8 +45,6 @@ class Columns(DataFormat):
             )
             if text is not None
         }
-        for name, text in self.templates.items():
-            check(text, name)
 
     def matches(self, columns: frozenset[str]) -> bool:
         """False: which columns are meant is what the templates say, so this format has to be named."""
@@ -55,7 +52,7 @@ class Columns(DataFormat):
 
     def convert(self, row: Row) -> Iterable[Conversation | Segments]:
         """One conversation of at most three turns, or one text."""
-        texts = {name: render(text, row, name) for name, text in self.templates.items()}
+        texts = {name: template.render(row) for name, template in self.templates.items()}
         meta = Meta(task=texts.get("task") or None, language=texts.get("language") or None)
         answer = read_filled(texts["assistant"], "assistant")
         if "user" not in texts:

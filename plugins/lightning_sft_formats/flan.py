@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_sft import Conversation, DataFormat, Message, Meta, Row, SFTError
+from lightning_sft import Conversation, DataFormat, Message, Meta, Row, RowTemplate, SFTError
 from lightning_sft_formats.fields import read_column, read_filled, read_name
-from lightning_sft_formats.row_template import check, column_names, render
 
 ANY_TASK = "*"
 """The key of the templates for tasks that have none of their own."""
@@ -61,8 +60,7 @@ class Flan(DataFormat):
             if not of_task:
                 raise SFTError("there is no template", where=f"templates, task {name!r}")
             for number, template in enumerate(of_task):
-                check(template.inputs, f"{_where(name, number)}, inputs")
-                check(template.targets, f"{_where(name, number)}, targets")
+                _parts(template, _where(name, number))
 
     def matches(self, columns: frozenset[str]) -> bool:
         """Whether the inputs and the targets are there."""
@@ -82,15 +80,20 @@ class Flan(DataFormat):
 
     def _draw(self, row: Row, templates: Sequence[FlanTemplate]) -> int:
         """The number of a template, evenly spread over rows and always the same for the same contents."""
-        named = set[str]().union(*(column_names(t.inputs) | column_names(t.targets) for t in templates))
+        named = {name for each in templates for part in _parts(each, "templates") for name in part.columns}
         content = json.dumps([self.seed, *(row.get(name) for name in sorted(named))], default=str)
         return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") % len(templates)
 
 
 def _from_template(row: Row, template: FlanTemplate, where: str, task: str | None) -> Conversation:
-    places = f"{where}, inputs", f"{where}, targets"
-    texts = render(template.inputs, row, places[0]), render(template.targets, row, places[1])
-    return _conversation(texts[0], places[0], texts[1], places[1], task)
+    inputs, targets = _parts(template, where)
+    return _conversation(inputs.render(row), inputs.where, targets.render(row), targets.where, task)
+
+
+def _parts(template: FlanTemplate, where: str) -> tuple[RowTemplate, RowTemplate]:
+    return RowTemplate(template.inputs, f"{where}, inputs"), RowTemplate(
+        template.targets, f"{where}, targets"
+    )
 
 
 def _conversation(
