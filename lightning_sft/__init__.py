@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
+    "ANSWER_FORMATS": "lightning_sft.evaluation.validity",
     "Adapter": "lightning_sft.bases",
     "Answered": "lightning_sft.evaluation.requests",
     "BatchPlan": "lightning_sft.data.plan",
@@ -45,6 +46,8 @@ _HOME = {
     "TextLoss": "lightning_sft.evaluation.divergence",
     "TokenBatch": "lightning_sft.bases",
     "ToolCall": "lightning_sft.conversation",
+    "is_valid_format": "lightning_sft.evaluation.validity",
+    "read_conversations": "lightning_sft.data.conversion",
     "scores_by_task": "lightning_sft.evaluation.results",
     "read_rows": "lightning_sft.data.sources",
     "text_losses": "lightning_sft.evaluation.divergence",
@@ -53,6 +56,7 @@ _HOME = {
 if TYPE_CHECKING:
     from lightning_sft.bases import Adapter, DataFormat, Evaluator, Loss, RateGroup, TokenBatch
     from lightning_sft.conversation import Conversation, Message, Meta, PartWeight, Row, Segments, ToolCall
+    from lightning_sft.data.conversion import read_conversations
     from lightning_sft.data.datamodule import SFTDataModule
     from lightning_sft.data.plan import BatchPlan
     from lightning_sft.data.sources import Source, read_rows
@@ -69,11 +73,13 @@ if TYPE_CHECKING:
     )
     from lightning_sft.evaluation.results import Record, Results, Score, scores_by_task
     from lightning_sft.evaluation.scorer import Scorer
+    from lightning_sft.evaluation.validity import ANSWER_FORMATS, is_valid_format
     from lightning_sft.example import Example
     from lightning_sft.rendering import Renderer, RenderPolicies
     from lightning_sft.training.module import SFTModule
 
 __all__ = [
+    "ANSWER_FORMATS",
     "Adapter",
     "Answered",
     "BatchPlan",
@@ -108,6 +114,8 @@ __all__ = [
     "TextLoss",
     "TokenBatch",
     "ToolCall",
+    "is_valid_format",
+    "read_conversations",
     "read_rows",
     "scores_by_task",
     "text_losses",

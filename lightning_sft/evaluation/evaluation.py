@@ -258,6 +258,8 @@ def _told(found: Found) -> dict[str, object]:
         "seconds": round(found.seconds, 3),
         "scores": [asdict(score) for score in found.results.scores],
     }
+    if found.results.notes:
+        told["notes"] = list(found.results.notes)
     if found.base is not None:
         told["base_scores"] = [asdict(score) for score in found.base.scores]
         told["changes"] = [asdict(change) for change in found.changes]

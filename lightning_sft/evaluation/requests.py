@@ -12,10 +12,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 
-from lightning_sft.conversation import Message
+from lightning_sft.conversation import Conversation, Message
 
-Prompt = str | tuple[Message, ...]
-"""Text, or the messages of a conversation before the answer."""
+Prompt = str | tuple[Message, ...] | Conversation
+"""Text, or the messages of a conversation before the answer; a `Conversation` where there are tools or options, too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,10 +116,12 @@ class Results:
     Args:
         scores: The headline first, then groups and tasks.
         records: One for each item, in the items' order.
+        notes: What a reader of the scores has to know: what was left out or couldn't be judged.
     """
 
     scores: tuple[Score, ...]
     records: tuple[Record, ...]
+    notes: tuple[str, ...] = ()
 
 
 def scores_by_task(
