@@ -16,6 +16,8 @@ _HOME = {
     "Answered": "lightning_sft.evaluation.requests",
     "BatchPlan": "lightning_sft.data.plan",
     "Conversation": "lightning_sft.conversation",
+    "Converse": "lightning_sft.evaluation.requests",
+    "Conversed": "lightning_sft.evaluation.requests",
     "DataFormat": "lightning_sft.bases",
     "Evaluator": "lightning_sft.bases",
     "Example": "lightning_sft.example",
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
     from lightning_sft.evaluation.divergence import Predictions, TextLoss, text_losses
     from lightning_sft.evaluation.requests import (
         Answered,
+        Converse,
+        Conversed,
         Generate,
         Generated,
         Item,
@@ -84,6 +88,8 @@ __all__ = [
     "Answered",
     "BatchPlan",
     "Conversation",
+    "Converse",
+    "Conversed",
     "DataFormat",
     "Evaluator",
     "Example",

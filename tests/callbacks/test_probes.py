@@ -353,3 +353,17 @@ def test_none_of_them_changes_the_run(train, tmp_path):
         torch.save(saved, path)
         assert torch.load(path, weights_only=True) == saved
         assert json.loads((tmp_path / "run" / f"{probe.file}.json").read_text())["history"]
+
+
+def test_an_evaluator_that_needs_the_base_is_refused_during_training():
+    class Beside(Evaluator):
+        needs_base = True
+
+        def requests(self):
+            return []
+
+        def score(self, answered):
+            return Results((), ())
+
+    with pytest.raises(SFTError, match="Beside needs the base's answers"):
+        EvaluateDuringFit([Beside()])
