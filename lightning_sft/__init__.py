@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
+    "ANSWER_FORMATS": "lightning_sft.evaluation.validity",
     "Adapter": "lightning_sft.bases",
     "Answered": "lightning_sft.evaluation.requests",
     "BatchPlan": "lightning_sft.data.plan",
     "Conversation": "lightning_sft.conversation",
+    "Converse": "lightning_sft.evaluation.requests",
+    "Conversed": "lightning_sft.evaluation.requests",
     "DataFormat": "lightning_sft.bases",
     "Evaluator": "lightning_sft.bases",
     "Example": "lightning_sft.example",
@@ -51,6 +54,8 @@ _HOME = {
     "TokenBatch": "lightning_sft.bases",
     "ToolCall": "lightning_sft.conversation",
     "Verdict": "lightning_sft.bases",
+    "is_valid_format": "lightning_sft.evaluation.validity",
+    "read_conversations": "lightning_sft.data.conversion",
     "scores_by_task": "lightning_sft.evaluation.results",
     "read_rows": "lightning_sft.data.sources",
     "text_losses": "lightning_sft.evaluation.divergence",
@@ -79,6 +84,7 @@ if TYPE_CHECKING:
         ToolCall,
         turns,
     )
+    from lightning_sft.data.conversion import read_conversations
     from lightning_sft.data.datamodule import SFTDataModule
     from lightning_sft.data.plan import BatchPlan
     from lightning_sft.data.sources import Source, read_rows
@@ -86,6 +92,8 @@ if TYPE_CHECKING:
     from lightning_sft.evaluation.divergence import Predictions, TextLoss, text_losses
     from lightning_sft.evaluation.requests import (
         Answered,
+        Converse,
+        Conversed,
         Generate,
         Generated,
         Item,
@@ -96,16 +104,20 @@ if TYPE_CHECKING:
     )
     from lightning_sft.evaluation.results import Record, Results, Score, scores_by_task
     from lightning_sft.evaluation.scorer import Scorer
+    from lightning_sft.evaluation.validity import ANSWER_FORMATS, is_valid_format
     from lightning_sft.example import Example
     from lightning_sft.rendering import Renderer, RenderPolicies
     from lightning_sft.row_template import RowExpression, RowTemplate
     from lightning_sft.training.module import SFTModule
 
 __all__ = [
+    "ANSWER_FORMATS",
     "Adapter",
     "Answered",
     "BatchPlan",
     "Conversation",
+    "Converse",
+    "Conversed",
     "DataFormat",
     "Evaluator",
     "Example",
@@ -142,6 +154,8 @@ __all__ = [
     "TokenBatch",
     "ToolCall",
     "Verdict",
+    "is_valid_format",
+    "read_conversations",
     "read_rows",
     "scores_by_task",
     "text_losses",

@@ -250,6 +250,9 @@ class Evaluator(ABC):
     constructor is cheap; data is read in `requests`.
     """
 
+    needs_base: bool = False
+    """Whether the base is asked the same, and `score_beside` called instead of `score`."""
+
     @abstractmethod
     def requests(self) -> Sequence[Item]:
         """The items with what the model is asked for each. Pure: the same ones every time, in the same order.
@@ -268,3 +271,7 @@ class Evaluator(ABC):
         By default each item's `text` and `answer`, in the order of `requests`, whose errors it raises.
         """
         return [item.exposed for item in self.requests()]
+
+    def score_beside(self, answered: Sequence[Answered], base: Sequence[Answered]) -> Results:
+        """As `score`, with the base's answers to the same items."""
+        return self.score(answered)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 
 import pytest
+from stub_endpoint import StubEndpoint
 
 from lightning_sft import Conversation, Message
 from lightning_sft.plugin_kinds import KINDS
 from lightning_sft.plugins import discover
-from lightning_sft.testing import AdapterTests, CallbackTests, EvaluatorTests, FilterTests, FormatTests, LossTests
+from lightning_sft.testing import (
+    AdapterTests,
+    CallbackTests,
+    EvaluatorTests,
+    FilterTests,
+    FormatTests,
+    LossTests,
+)
 from lightning_sft_adapters.any_peft import Peft
 from lightning_sft_adapters.freeze import Freeze
 from lightning_sft_adapters.full import Full
@@ -23,6 +31,15 @@ from lightning_sft_callbacks.forgetting import ForgettingProbe
 from lightning_sft_callbacks.generations import SampleGenerations
 from lightning_sft_callbacks.memorization import MemorizationProbe
 from lightning_sft_callbacks.retention_stopping import RetentionStopping
+from lightning_sft_evaluators.bbh import BBH
+from lightning_sft_evaluators.generation_task import GenerationTask
+from lightning_sft_evaluators.hf_evaluate import HFEvaluate
+from lightning_sft_evaluators.ifeval import IFEval
+from lightning_sft_evaluators.judge import Judge
+from lightning_sft_evaluators.mmlu import MMLU
+from lightning_sft_evaluators.multiple_choice import MultipleChoice
+from lightning_sft_evaluators.perplexity import Perplexity
+from lightning_sft_evaluators.reference_metrics import ReferenceMetrics
 from lightning_sft_filters.duplicates import Duplicates
 from lightning_sft_filters.length import Length
 from lightning_sft_filters.near_duplicates import NearDuplicates
@@ -30,11 +47,6 @@ from lightning_sft_filters.overlap import Overlap
 from lightning_sft_filters.pattern import Pattern
 from lightning_sft_filters.refusals import Refusals
 from lightning_sft_filters.repetition import Repetition
-from lightning_sft_evaluators.bbh import BBH
-from lightning_sft_evaluators.generation_task import GenerationTask
-from lightning_sft_evaluators.mmlu import MMLU
-from lightning_sft_evaluators.multiple_choice import MultipleChoice
-from lightning_sft_evaluators.perplexity import Perplexity
 from lightning_sft_formats.alpaca import Alpaca
 from lightning_sft_formats.columns import Columns
 from lightning_sft_formats.dolly import Dolly
@@ -393,6 +405,75 @@ class TestBBH(EvaluatorTests):
 class TestPerplexity(EvaluatorTests):
     plugin = Perplexity
     options = {"path": "tiny:general", "limit": 3}
+
+
+METRIC = """
+import datasets
+import evaluate
+
+
+class Same(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"same": sum(p == r for p, r in zip(predictions, references)) / len(predictions)}
+"""
+
+
+class TestReferenceMetrics(EvaluatorTests):
+    plugin = ReferenceMetrics
+    options = {"path": "tiny:held_out", "max_new_tokens": 8, "valid_as": "json", "limit": 20}
+
+
+class TestIFEval(EvaluatorTests):
+    plugin = IFEval
+
+    @pytest.fixture(autouse=True)
+    def write_prompts(self, tmp_path):
+        rows = [
+            {"prompt": "Say it.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+            {"prompt": "Shout.", "instruction_id_list": ["change_case:english_capital"], "kwargs": [{}]},
+        ]
+        path = tmp_path / "prompts.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.options = {"path": str(path), "max_new_tokens": 8}
+
+
+class TestHFEvaluate(EvaluatorTests):
+    plugin = HFEvaluate
+
+    @pytest.fixture(autouse=True)
+    def write_metric(self, tmp_path, monkeypatch):
+        pytest.importorskip("evaluate")
+        monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+        (tmp_path / "same.py").write_text(METRIC)
+        self.options = {
+            "path": "tiny:held_out",
+            "metric": str(tmp_path / "same.py"),
+            "trust_remote_code": True,
+        }
+        self.options |= {"max_new_tokens": 8, "limit": 4}
+
+
+class TestJudge(EvaluatorTests):
+    plugin = Judge
+
+    @pytest.fixture(autouse=True)
+    def serve_a_judge(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        path = tmp_path / "questions.jsonl"
+        path.write_text("".join(json.dumps({"instruction": f"say {n}"}) + "\n" for n in range(3)))
+        with StubEndpoint(lambda prompt: f"Rating: [[{1 + len(prompt) % 10}]]").serving() as stub:
+            endpoint = {"base_url": stub.url, "model": "m", "api_key_env": None, "cache": None}
+            self.options = {
+                "questions": str(path),
+                "style": "single",
+                "max_new_tokens": 6,
+                "endpoint": endpoint,
+            }
+            yield
 
 
 class TestMultipleChoice(EvaluatorTests):

@@ -1,8 +1,9 @@
 """The embedded tiny base model, its data, and the seeded scripts that made them.
 
 `model.base: tiny` is the model; `tiny:train`, `tiny:held_out`, `tiny:replay`, `tiny:general` and `tiny:facts` are
-data paths; `--config tiny:quickstart` is the quickstart. Everything here is synthetic: written by `corpus.py`
-and `instructions.py` about the world of `world.py`, trained by `build.py`.
+data paths, and so are `tiny:tickets` and `tiny:tickets_held_out`; `--config tiny:quickstart` is the quickstart.
+Everything here is synthetic: written by `corpus.py` and `instructions.py` about the world of `world.py`, and by
+`tickets.py`; trained by `build.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 MODEL = "tiny"
-DATA = ("train", "held_out", "replay", "general", "facts")
+DATA = ("train", "held_out", "replay", "general", "facts", "tickets", "tickets_held_out")
 
 
 def model_path(name: str) -> str:

@@ -17,12 +17,21 @@ from typing import TYPE_CHECKING
 from lightning_sft.assets import HERE, MODEL, words
 from lightning_sft.assets.corpus import corpus
 from lightning_sft.assets.instructions import instructions
+from lightning_sft.assets.tickets import tickets
 from lightning_sft.assets.world import fact_questions, probed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SEEDS = {"corpus": 0, "validation": 1, "replay": 2, "general": 3, "instructions": 11, "weights": 0}
+SEEDS = {
+    "corpus": 0,
+    "validation": 1,
+    "replay": 2,
+    "general": 3,
+    "instructions": 11,
+    "tickets": 5,
+    "weights": 0,
+}
 DOCUMENTS = {"corpus": 12_000, "validation": 100, "replay": 300, "general": 60}
 VOCABULARY = 1280
 CONTEXT = 512
@@ -40,6 +49,8 @@ def write_data(folder: Path) -> None:
     _write(folder / "train.jsonl", train)
     _write(folder / "held_out.jsonl", held_out)
     _write(folder / "facts.jsonl", fact_questions())
+    for name, rows in zip(("tickets", "tickets_held_out"), tickets(SEEDS["tickets"]), strict=True):
+        _write(folder / f"{name}.jsonl", rows)
     for name in ("replay", "general"):
         _write(folder / f"{name}.jsonl", _texts(SEEDS[name], DOCUMENTS[name], without=hidden))
 

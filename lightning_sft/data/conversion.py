@@ -11,8 +11,18 @@ from itertools import chain
 from lightning_sft import plugins
 from lightning_sft.bases import DataFormat
 from lightning_sft.conversation import Conversation, Meta, Row, Segments
-from lightning_sft.data.sources import Source
+from lightning_sft.data.sources import Source, read_rows
 from lightning_sft.errors import SFTError
+
+
+def read_conversations(source: Source) -> Iterator[Conversation | Segments]:
+    """The source's conversations, in any format, each with the place it comes from in its `meta`.
+
+    Raises:
+        SFTError: As `read_rows` and `format_of`, or a row can't be converted; says which.
+    """
+    format, rows = format_of(source, read_rows(source))
+    yield from convert_rows(rows, format, plugins.describe(format))
 
 
 def format_of(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from lightning_sft.conversation import Conversation
 from lightning_sft.errors import SFTError
 from lightning_sft.evaluation.pieces import can_cut, cut
 from lightning_sft.evaluation.requests import Generate, LogLikelihood, Prompt, RollingLogLikelihood
@@ -69,13 +71,17 @@ class RequestEncoder:
         """
         if isinstance(prompt, str):
             return prompt
+        asked = prompt if isinstance(prompt, Conversation) else Conversation(prompt)
         try:
-            return self.renderer.generation_prompt(prompt)
+            return self._rendered(asked)
         except SFTError:
-            if prompt[0].role != "system":
+            if asked.messages[0].role != "system":
                 raise
             warnings.warn("the chat template refuses system messages: they are left out", stacklevel=2)
-            return self.renderer.generation_prompt(prompt[1:])
+            return self._rendered(replace(asked, messages=asked.messages[1:]))
+
+    def _rendered(self, asked: Conversation) -> str:
+        return self.renderer.generation_prompt(asked.messages, asked.tools, asked.chat_template_kwargs)
 
     def log_likelihoods(self, requests: Sequence[LogLikelihood]) -> list[Scored]:
         """What is scored for each request.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,18 +91,28 @@ class Evaluation:
         """
         asked = {name: _items(name, evaluator) for name, evaluator in self.evaluators.items()}
         seconds = dict.fromkeys(asked, 0.0)
-        parts: dict[str, dict[str, Results]] = {MODEL: {}, BASE: {}}
-        for part in (MODEL, BASE) if self.baseline else (MODEL,):
+        answers: dict[str, dict[str, list[Answered]]] = {MODEL: {}, BASE: {}}
+        beside = [name for name, each in self.evaluators.items() if self.baseline or each.needs_base]
+        for part, names in ((MODEL, list(asked)), (BASE, beside)):
+            if not names:
+                continue
             with self._base_of(module) if part == BASE else _itself(module) as model:
                 scorer = Scorer(model, module.tokenizer, module.renderer, batch_tokens=self.batch_tokens)
-                for name, items in asked.items():
+                for name in names:
                     begun = time.perf_counter()
-                    answered = self._answer(module, scorer, items, part, name)
-                    parts[part][name] = self.evaluators[name].score(answered)
+                    answers[part][name] = self._answer(module, scorer, asked[name], part, name)
                     seconds[name] += time.perf_counter() - begun
-        for name in asked:
-            results, base = parts[MODEL][name], parts[BASE].get(name)
+        for name, evaluator in self.evaluators.items():
+            begun = time.perf_counter()
+            of_model, of_base = answers[MODEL][name], answers[BASE].get(name, [])
+            base = None
+            if evaluator.needs_base:
+                results = scored_once(module, partial(evaluator.score_beside, of_model, of_base))
+            else:
+                results = scored_once(module, partial(evaluator.score, of_model))
+                base = scored_once(module, partial(evaluator.score, of_base)) if of_base else None
             changes = differences(base.records, results.records) if base else []
+            seconds[name] += time.perf_counter() - begun
             self.found.append(Found(name, self.configs.get(name, {}), results, base, changes, seconds[name]))
         if module.trainer.is_global_zero:
             self._write(module)
@@ -191,6 +202,11 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
+def scored_once(module: SFTModule, score: Callable[[], Results]) -> Results:
+    """What one process finds, for all: a score may cost something (a judge that is paid)."""
+    return module.trainer.strategy.broadcast(score() if module.trainer.is_global_zero else Results((), ()))
+
+
 def _items(name: str, evaluator: Evaluator) -> Sequence[Item]:
     items = evaluator.requests()
     if not items:
@@ -258,6 +274,8 @@ def _told(found: Found) -> dict[str, object]:
         "seconds": round(found.seconds, 3),
         "scores": [asdict(score) for score in found.results.scores],
     }
+    if found.results.notes:
+        told["notes"] = list(found.results.notes)
     if found.base is not None:
         told["base_scores"] = [asdict(score) for score in found.base.scores]
         told["changes"] = [asdict(change) for change in found.changes]

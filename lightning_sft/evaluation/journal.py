@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from lightning_sft.evaluation.requests import Answered, Generated, Item, Likelihood, Response
+from lightning_sft.evaluation.requests import Answered, Conversed, Generated, Item, Likelihood, Response
 
 
 class Journal:
@@ -58,13 +59,21 @@ def answered_before(items: Iterable[Item], known: Mapping[str, tuple[Response, .
 
 
 def _line(key: str, responses: tuple[Response, ...]) -> str:
-    told = [
-        [each.log_likelihood, each.tokens, each.greedy]
-        if isinstance(each, Likelihood)
-        else [each.text, each.tokens]
-        for each in responses
-    ]
-    return json.dumps([key, told]) + "\n"
+    return json.dumps([key, [_told(each) for each in responses]]) + "\n"
+
+
+def _told(response: Response) -> list[object]:
+    if isinstance(response, Likelihood):
+        return [response.log_likelihood, response.tokens, response.greedy]
+    if isinstance(response, Generated):
+        return [response.text, response.tokens]
+    return [[each.text, each.tokens] for each in response.answers]
+
+
+def _response(told: list[Any]) -> Response:
+    if isinstance(told[0], list):
+        return Conversed(tuple(Generated(*each) for each in told))
+    return Generated(*told) if isinstance(told[0], str) else Likelihood(*told)
 
 
 def _read(path: Path, model: Mapping[str, object]) -> dict[str, tuple[Response, ...]]:
@@ -78,9 +87,7 @@ def _read(path: Path, model: Mapping[str, object]) -> dict[str, tuple[Response, 
                 return found
             for line in file:
                 key, told = json.loads(line)
-                found[key] = tuple(
-                    Generated(*each) if isinstance(each[0], str) else Likelihood(*each) for each in told
-                )
+                found[key] = tuple(_response(each) for each in told)
         except ValueError:
             pass
     return found

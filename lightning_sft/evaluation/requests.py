@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 
-from lightning_sft.conversation import Message
+from lightning_sft.conversation import Conversation, Message
 
-Prompt = str | tuple[Message, ...]
-"""Text, or the messages of a conversation before the answer."""
+Prompt = str | tuple[Message, ...] | Conversation
+"""Text, or the messages of a conversation before the answer; a `Conversation` where there are tools or options, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,32 @@ class Generate:
     temperature: float = 0.0
 
 
-Request = LogLikelihood | RollingLogLikelihood | Generate
+@dataclass(frozen=True, slots=True)
+class Converse:
+    """What the model answers to one message of a user after the other, with all that was said before.
+
+    Args:
+        turns: The user's messages: at least one.
+        system: The system message before them.
+        max_new_tokens: Most tokens of each answer.
+        temperature: As for `Generate`.
+    """
+
+    turns: tuple[str, ...]
+    system: str | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+
+    def next(self, answers: Sequence[str]) -> Generate:
+        """What is asked after these answers to the first turns."""
+        said = [Message("system", self.system)] if self.system is not None else []
+        for turn, answer in zip(self.turns, answers, strict=False):
+            said += [Message("user", turn), Message("assistant", answer)]
+        asked = (*said, Message("user", self.turns[len(answers)]))
+        return Generate(asked, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
+
+
+Request = LogLikelihood | RollingLogLikelihood | Generate | Converse
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +118,18 @@ class Generated:
     tokens: int
 
 
-Response = Likelihood | Generated
+@dataclass(frozen=True, slots=True)
+class Conversed:
+    """The answer to `Converse`.
+
+    Args:
+        answers: What was answered to each turn.
+    """
+
+    answers: tuple[Generated, ...]
+
+
+Response = Likelihood | Generated | Conversed
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +228,9 @@ def _texts_of(request: Request) -> tuple[str, ...]:
     """All texts of a request."""
     if isinstance(request, RollingLogLikelihood):
         return (request.text,)
+    if isinstance(request, Converse):
+        return request.turns
     prompt = request.context if isinstance(request, LogLikelihood) else request.prompt
-    texts = (prompt,) if isinstance(prompt, str) else tuple(message.content for message in prompt)
+    messages = prompt.messages if isinstance(prompt, Conversation) else prompt
+    texts = (messages,) if isinstance(messages, str) else tuple(message.content for message in messages)
     return (*texts, request.continuation) if isinstance(request, LogLikelihood) else texts

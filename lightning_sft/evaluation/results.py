@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from lightning_sft.evaluation.requests import Answered, Generated
+from lightning_sft.evaluation.requests import Answered, Conversed, Generated
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,12 @@ class Record:
     ) -> Self:
         """The record of an answered item, with all that its responses tell."""
         item = answered.item
-        texts = [each.text for each in answered.responses if isinstance(each, Generated)]
+        texts = [
+            answer.text
+            for each in answered.responses
+            for answer in (each.answers if isinstance(each, Conversed) else [each])
+            if isinstance(answer, Generated)
+        ]
         return cls(
             task=item.task,
             number=item.number,
@@ -116,10 +121,12 @@ class Results:
     Args:
         scores: The headline first, then groups and tasks.
         records: One for each item, in the items' order.
+        notes: What a reader of the scores has to know: what was left out or couldn't be judged.
     """
 
     scores: tuple[Score, ...]
     records: tuple[Record, ...]
+    notes: tuple[str, ...] = ()
 
 
 def scores_by_task(

@@ -14,6 +14,8 @@ from lightning_sft.evaluation.forward import Forward
 from lightning_sft.evaluation.generation import Writer
 from lightning_sft.evaluation.requests import (
     Answered,
+    Converse,
+    Conversed,
     Generate,
     Generated,
     Item,
@@ -109,6 +111,7 @@ class Scorer:
         single = [(n, each) for n, each in enumerate(requests) if isinstance(each, LogLikelihood)]
         rolling = [(n, each) for n, each in enumerate(requests) if isinstance(each, RollingLogLikelihood)]
         written = [(n, each) for n, each in enumerate(requests) if isinstance(each, Generate)]
+        talked = [(n, each) for n, each in enumerate(requests) if isinstance(each, Converse)]
         scored = self.encoder.log_likelihoods([each for _, each in single])
         parts = [(number, 1) for number, _ in single]
         for (number, _), windows in zip(
@@ -117,10 +120,12 @@ class Scorer:
             scored += windows
             parts.append((number, len(windows)))
         prompts = self.encoder.prompts([each for _, each in written])
+        self.encoder.prompts([each.next(()) for _, each in talked])
         yield from self._likelihoods(scored, parts)
         if written:
             answers = self._generated([each for _, each in written], prompts)
             yield from ((written[index][0], answer) for index, answer in answers)
+        yield from self._conversed(talked)
 
     def negative_log_likelihoods(self, examples: Sequence[Example]) -> list[float]:
         """Σ weight · −log p(token) of each rendered example, in nats."""
@@ -221,6 +226,24 @@ class Scorer:
                         answers = writer.write(chosen, [row.ids for row in batch], beginning)
                     for row, answer in zip(batch, answers, strict=True):
                         yield from ((target.owner, answer) for target in row.targets)
+
+    def _conversed(self, requests: Sequence[tuple[int, Converse]]) -> Iterator[tuple[int, Conversed]]:
+        """The answers to all turns: the first ones of all requests, then the second ones, and so on."""
+        found: dict[int, list[Generated]] = {number: [] for number, _ in requests}
+        for turn in range(max((len(each.turns) for _, each in requests), default=0)):
+            numbers = [number for number, each in requests if len(each.turns) > turn]
+            asked = [
+                each.next([answer.text for answer in found[number]])
+                for number, each in requests
+                if len(each.turns) > turn
+            ]
+            for index, answer in self._generated(asked, self.encoder.prompts(asked)):
+                found[numbers[index]].append(answer)
+            yield from (
+                (number, Conversed(tuple(found[number])))
+                for number, each in requests
+                if len(each.turns) == turn + 1
+            )
 
     def _stop_ids(self, requests: Sequence[Generate]) -> frozenset[int]:
         """What ends an answer: the model's and the tokenizer's EOS, and in a chat the template's ends of turn."""

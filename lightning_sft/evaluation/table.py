@@ -28,6 +28,9 @@ def show(found: Sequence[Found], folder: Path) -> None:
             table.add_row(score.name, score.metric, *row, str(score.items))
     console = Console()
     console.print(table)
+    for each in found:
+        for note in each.results.notes:
+            console.print(f"{each.name}: {note}", markup=False)
     left_out = sum(len(each.results.scores) - len(_shown(each.results)) for each in found)
     if left_out:
         console.print(f"{left_out} scores of single tasks are in the file.")

@@ -62,10 +62,11 @@ class SFTTrainer(Trainer):
             )
         if source is not None and ckpt_path is not None:
             raise SFTError("source and ckpt_path are both given", where="--source", fix="give one of them")
-        if baseline and source is None and ckpt_path is None:
+        compared = baseline or any(each.needs_base for each in self.evaluators)
+        if compared and source is None and ckpt_path is None:
             raise SFTError(
                 "the base would be compared with itself",
-                where="--baseline",
+                where="--baseline" if baseline else "evaluators",
                 fix="give a run or model folder with --source, or a checkpoint with --ckpt_path",
             )
         if batch_tokens is not None and batch_tokens < 1:

@@ -82,10 +82,13 @@ class Renderer:
         return rendering
 
     def generation_prompt(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]] = ()
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, object]] = (),
+        options: Mapping[str, object] | None = None,
     ) -> str:
-        """The text that inference gives the model before it answers."""
-        return self.template.render(
+        """The text that inference gives the model before it answers; `options` count before the template's own."""
+        return self.template.with_options(options or {}).render(
             [as_chat_message(message) for message in messages], tools, generation_prompt=True
         )
 

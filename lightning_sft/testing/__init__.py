@@ -14,8 +14,8 @@ the same ones; neither pytest nor anything else beyond lightning-sft is needed f
 
 from lightning_sft.testing.adapters import AdapterTests
 from lightning_sft.testing.callbacks import CallbackTests
-from lightning_sft.testing.filters import FilterTests
 from lightning_sft.testing.evaluators import EvaluatorTests
+from lightning_sft.testing.filters import FilterTests
 from lightning_sft.testing.formats import FormatTests
 from lightning_sft.testing.losses import LossTests
 from lightning_sft.testing.plugin import MissingSample, PluginTests
@@ -23,8 +23,8 @@ from lightning_sft.testing.plugin import MissingSample, PluginTests
 __all__ = [
     "AdapterTests",
     "CallbackTests",
-    "FilterTests",
     "EvaluatorTests",
+    "FilterTests",
     "FormatTests",
     "LossTests",
     "MissingSample",

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import re
 from typing import TYPE_CHECKING, Any, Literal
-from xml.etree import ElementTree
 
-from lightning_sft import Likelihood, RollingLogLikelihood, Scorer, SFTError, Source, read_rows
+from lightning_sft import (
+    ANSWER_FORMATS,
+    Likelihood,
+    RollingLogLikelihood,
+    Scorer,
+    SFTError,
+    Source,
+    is_valid_format,
+    read_rows,
+)
 from lightning_sft_callbacks.generations import GenerationProbe, read_prompts
 from lightning_sft_callbacks.probing import Probe
 
@@ -144,67 +150,20 @@ class FormatProbe(GenerationProbe):
         self.prompts = read_prompts(path, "FormatProbe.path")
         self.formats: list[str] = []
         for meta, row in read_rows(Source(path)):
-            if row.get("format") not in _VALID:
+            if row.get("format") not in ANSWER_FORMATS:
                 raise SFTError(
                     f"format is {row.get('format')!r}",
                     where=f"FormatProbe.path: {meta}",
-                    fix=f"give one of {', '.join(_VALID)}",
+                    fix=f"give one of {', '.join(ANSWER_FORMATS)}",
                 )
             self.formats.append(str(row["format"]))
 
     def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
         """The shares, and the answers."""
         answers = [answer.text for answer in self.ask(module, self.prompts)]
-        valid = [is_valid(answer, asked) for answer, asked in zip(answers, self.formats, strict=True)]
+        valid = [is_valid_format(answer, asked) for answer, asked in zip(answers, self.formats, strict=True)]
         record: dict[str, Any] = {"valid": sum(valid) / len(valid)}
         for asked in sorted(set(self.formats)):
             own = [v for v, other in zip(valid, self.formats, strict=True) if other == asked]
             record[f"valid_{asked}"] = sum(own) / len(own)
         return {**record, "answers": answers}
-
-
-def is_valid(answer: str, asked: str) -> bool:
-    """Whether an answer is valid in a format; see `FormatProbe`."""
-    return _VALID[asked](answer.strip())
-
-
-_FENCED = re.compile(r"```(\w*)\n(.*?)\n```", re.DOTALL)
-
-
-def _content(answer: str, language: str) -> str:
-    blocks = [body for name, body in _FENCED.findall(answer) if name.lower() in ("", language)]
-    return blocks[0] if len(blocks) == 1 else answer
-
-
-def _is_json(answer: str) -> bool:
-    try:
-        json.loads(_content(answer, "json"))
-    except ValueError:
-        return False
-    return True
-
-
-def _is_xml(answer: str) -> bool:
-    content = _content(answer, "xml")
-    if "<!DOCTYPE" in content or "<!ENTITY" in content:
-        return False  # entities can be made to grow without end
-    try:
-        ElementTree.fromstring(content)
-    except ElementTree.ParseError:
-        return False
-    return True
-
-
-def _is_markdown(answer: str) -> bool:
-    lines = answer.splitlines()
-    if sum(line.lstrip().startswith("```") for line in lines) % 2:
-        return False
-    tables = re.findall(r"(?:^\|.*\|[ \t]*(?:\n|$)){2,}", answer, re.MULTILINE)
-    for table in tables:
-        if len({row.strip().replace("\\|", "").count("|") for row in table.strip().splitlines()}) != 1:
-            return False
-    marks = r"^#{1,6} \S|^\s*[-*+] \S|^\s*\d+[.)] \S|\*\*\S.*?\*\*|`[^`\n]+`|^```"
-    return bool(tables) or re.search(marks, answer, re.MULTILINE) is not None
-
-
-_VALID = {"json": _is_json, "xml": _is_xml, "markdown": _is_markdown}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_sft import Answered, Evaluator, Item, Scorer, SFTError
+from lightning_sft import Answered, Evaluator, Item, Results, Scorer, SFTError
 from lightning_sft_callbacks.probing import Probe
 
 if TYPE_CHECKING:
@@ -40,6 +40,13 @@ class EvaluateDuringFit(Probe):
                 where="EvaluateDuringFit",
                 fix="name at least one evaluator, and at least one item",
             )
+        for each in evaluators:
+            if each.needs_base:
+                raise SFTError(
+                    f"{type(each).__name__} needs the base's answers, which aren't asked for during training",
+                    where="EvaluateDuringFit.evaluators",
+                    fix="compare with answers in a file, or use `lightning-sft evaluate`",
+                )
         self.evaluators = evaluators
         self.items = items
         self.seed = seed
@@ -53,7 +60,8 @@ class EvaluateDuringFit(Probe):
         for evaluator, items in zip(self.evaluators, self._asked, strict=True):
             responses = iter(scorer.run([request for item in items for request in item.requests]))
             answered = [Answered(item, tuple(next(responses) for _ in item.requests)) for item in items]
-            for score in evaluator.score(answered).scores:
+            results = evaluator.score(answered) if trainer.is_global_zero else Results((), ())
+            for score in trainer.strategy.broadcast(results).scores:
                 record[f"{score.name}/{score.metric}"] = score.value
         return record
 

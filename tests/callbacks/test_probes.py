@@ -22,10 +22,11 @@ from lightning_sft import (
     SFTDataModule,
     SFTError,
     SFTModule,
+    is_valid_format,
 )
 from lightning_sft_adapters.full import Full
 from lightning_sft_adapters.lora import LoRA
-from lightning_sft_callbacks.behaviour import BiasProbe, FormatProbe, RefusalProbe, is_valid
+from lightning_sft_callbacks.behaviour import BiasProbe, FormatProbe, RefusalProbe
 from lightning_sft_callbacks.drift import DriftProbe
 from lightning_sft_callbacks.evaluating import EvaluateDuringFit
 from lightning_sft_callbacks.generations import SampleGenerations, statistics
@@ -277,7 +278,7 @@ def test_bias_is_the_difference_of_the_sentences_log_likelihoods(train, tmp_path
     ],
 )
 def test_formats_are_parsed(answer, asked, valid):
-    assert is_valid(answer, asked) == valid
+    assert is_valid_format(answer, asked) == valid
 
 
 def test_valid_answers_are_counted_by_format(train, tmp_path, monkeypatch):
@@ -287,7 +288,9 @@ def test_valid_answers_are_counted_by_format(train, tmp_path, monkeypatch):
         {"prompt": "c", "format": "xml"},
     ]
     probe = FormatProbe(write(tmp_path / "f.jsonl", content), max_new_tokens=2)
-    monkeypatch.setattr("lightning_sft_callbacks.behaviour.is_valid", lambda answer, asked: asked == "xml")
+    monkeypatch.setattr(
+        "lightning_sft_callbacks.behaviour.is_valid_format", lambda answer, asked: asked == "xml"
+    )
     train(probe, steps=1)
     assert probe.history[0] | {"answers": []} == {
         "step": 0, "valid": pytest.approx(1 / 3), "valid_json": 0.0, "valid_xml": 1.0, "answers": [],
@@ -350,3 +353,17 @@ def test_none_of_them_changes_the_run(train, tmp_path):
         torch.save(saved, path)
         assert torch.load(path, weights_only=True) == saved
         assert json.loads((tmp_path / "run" / f"{probe.file}.json").read_text())["history"]
+
+
+def test_an_evaluator_that_needs_the_base_is_refused_during_training():
+    class Beside(Evaluator):
+        needs_base = True
+
+        def requests(self):
+            return []
+
+        def score(self, answered):
+            return Results((), ())
+
+    with pytest.raises(SFTError, match="Beside needs the base's answers"):
+        EvaluateDuringFit([Beside()])

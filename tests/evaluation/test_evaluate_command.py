@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from stub_endpoint import StubEndpoint
 
 from lightning_sft.__main__ import main
 from lightning_sft.evaluation.scorer import Scorer
@@ -195,7 +196,30 @@ def test_mistakes_are_told(here, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-EVALUATORS = sorted((Path(__file__).parents[2] / "configs/evaluators").glob("*.yaml"))
+def test_a_judge_compares_the_tuned_model_with_the_base(here, capsys, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    rows = [{"instruction": f"say {n}"} for n in range(3)]
+    (here / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with StubEndpoint(lambda prompt: "[[A]]").serving() as stub:
+        endpoint = {"base_url": stub.url, "model": "m", "api_key_env": None, "cache": None}
+        judge = {"questions": "asked.jsonl", "endpoint": endpoint, "max_new_tokens": 6}
+        given = ["--evaluators", json.dumps([{"class_path": "Judge", "init_args": judge}])]
+        command = ["evaluate", "--config", "my.yaml", "--output", "judged", *given]
+        assert main([*command, "--source", "runs/my-1"]) == 0
+        assert main(command) == 2
+        assert "the base would be compared with itself" in capsys.readouterr().err
+    found = scores(results(here / "judged"), "Judge")
+    assert (found["judge", "win_rate"], found["judge", "position_consistency"]) == (0.5, 0.0)
+    base, tuned = (
+        (here / f"judged/evaluation/{part}/Judge/responses-0.jsonl").read_text().splitlines()[1:]
+        for part in ("base", "model")
+    )
+    assert len(base) == len(tuned) == 3
+    assert base != tuned
+    asked = [body["messages"][0]["content"] for body in stub.bodies]
+    answers = [json.loads(lines[0])[1][0][0].strip() for lines in (tuned, base)]
+    for first, second in (answers, answers[::-1]):
+        assert any(f"<answer_a>\n{first}" in each and f"<answer_b>\n{second}" in each for each in asked)
 
 
 def holds(printed, written):
@@ -203,6 +227,9 @@ def holds(printed, written):
     if not isinstance(written, dict):
         return printed == written
     return all(key in printed and holds(printed[key], value) for key, value in written.items())
+
+
+EVALUATORS = sorted((Path(__file__).parents[2] / "configs" / "evaluators").glob("*.yaml"))
 
 
 def key_lines(node):
