@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -51,8 +51,8 @@ class SFTCommand(LightningCLI):
     draws_seed = False
     writer: run_folder.RunFolder | None = None
 
-    def __init__(self, argv: Sequence[str]) -> None:
-        self.asked = argv[0]
+    def __init__(self, argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
+        self.asked, self.further = argv[0], callbacks
         try:
             super().__init__(
                 SFTModule,
@@ -180,7 +180,7 @@ class SFTCommand(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with what every run has: progress, checkpoints, metrics, the run folder."""
         given = dict(self._get(self.config_init, "trainer"))
-        callbacks = list(_as_list(given["callbacks"]))
+        callbacks = [*_as_list(given["callbacks"]), *self.further]
         if given["enable_progress_bar"] is not False and not _has(callbacks, ProgressBar):
             callbacks.append(Progress())
         if self.folder is None:
@@ -258,8 +258,12 @@ class SFTCommand(LightningCLI):
             )
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
     """Run `fit`, `validate`, `test` or `evaluate` with these arguments, the command's name first.
+
+    Args:
+        argv: The arguments.
+        callbacks: Further callbacks, behind those of the configuration and in none of its files.
 
     Raises:
         SFTError: Something that the user gave is at fault.
@@ -271,7 +275,7 @@ def run(argv: Sequence[str]) -> None:
     plugins.load_named(plugins.named_in(argv))
     if any(argument.split("=")[0].endswith("help") or argument == "-h" for argument in argv):
         _load_all_that_can_be()
-    SFTCommand(argv)
+    SFTCommand(argv, callbacks)
 
 
 def _load_all_that_can_be() -> None:

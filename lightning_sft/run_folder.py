@@ -63,7 +63,7 @@ def claim(requested: str | None, name: str, *, resuming: bool) -> Path:
             folder = _next_free(name)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-        locked = _lock(folder)
+        locked = lock(folder)
     except OSError as error:
         where = f"trainer.default_root_dir: {requested}" if requested is not None else str(Path.cwd())
         raise SFTError(
@@ -82,7 +82,7 @@ def claim(requested: str | None, name: str, *, resuming: bool) -> Path:
 def release(folder: Path) -> None:
     """Let other processes have the folder, and remove it if the run wrote nothing."""
     if is_first_process():
-        _unlock(folder)
+        unlock(folder)
         with suppress(OSError):
             folder.rmdir()
 
@@ -96,7 +96,7 @@ def told() -> Path | None:
 _locks: dict[Path, IO[str]] = {}
 
 
-def _lock(folder: Path) -> bool:
+def lock(folder: Path) -> bool:
     """Take the folder for this process; the system frees it when the process ends, however it ends."""
     try:
         import fcntl
@@ -113,7 +113,8 @@ def _lock(folder: Path) -> bool:
     return True
 
 
-def _unlock(folder: Path) -> None:
+def unlock(folder: Path) -> None:
+    """Let other processes have the folder."""
     if (file := _locks.pop(folder, None)) is not None:
         (folder / _LOCK).unlink(missing_ok=True)
         file.close()
