@@ -29,7 +29,7 @@ from lightning_sft.training.metrics_file import MetricsFile
 from lightning_sft.training.models import load_checkpoint
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.progress import Progress
-from lightning_sft.training.resuming import position
+from lightning_sft.training.resuming import end_also_when_killed, position
 
 
 class Parser(command_line.CommandParser, LightningArgumentParser):
@@ -209,6 +209,7 @@ class SFTCommand(LightningCLI):
         precision = None if asked is None else str(asked)
         strategies.check(trainer, self.model.adapter, self.model.optimizer, precision)
         use_launcher(trainer)
+        end_also_when_killed(trainer)
         return trainer
 
     def _is_validated(self) -> bool:
@@ -234,21 +235,19 @@ class SFTCommand(LightningCLI):
         self.trainer.evaluator_configs = dumped["evaluators"]
 
     def after_fit(self) -> None:
-        """Say where everything is; write the model of a run that was killed between its last step and that.
+        """Say where everything is.
 
         Raises:
             SFTError: There was nothing to do, as when the checkpoint is from the run's end.
         """
         if self.writer is not None and not self.writer.started:
-            if self.resumed is None or self.resumed.folder is None:
-                raise SFTError(
-                    "the checkpoint is from the end of the run, so there is nothing left to train"
-                    if self.resumed
-                    else "the run ends before its first step",
-                    where=f"--ckpt_path {self.resumed.checkpoint}" if self.resumed else "trainer",
-                    fix="raise trainer.max_epochs, max_steps or max_time",
-                )
-            run_folder.export(self.model, self.resumed.folder)
+            raise SFTError(
+                "the checkpoint is from the end of the run, so there is nothing left to train"
+                if self.resumed
+                else "the run ends before its first step",
+                where=f"--ckpt_path {self.resumed.checkpoint}" if self.resumed else "trainer",
+                fix="raise trainer.max_epochs, max_steps or max_time",
+            )
         if self.folder is not None and self.trainer.is_global_zero:
             print(
                 f"\nThe run is in {self.folder}: "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sft.errors import SFTError
-from lightning_sft.run_folder import CHECKPOINTS, CONFIG, LAST, MODEL, RUNS
+from lightning_sft.run_folder import CHECKPOINTS, CONFIG, ENDING, LAST, MODEL, RUNS
 from lightning_sft.training.models import load_checkpoint
 from lightning_sft.training.resuming import has_ended
 
@@ -110,7 +110,7 @@ def newest(config: Mapping[str, Any], *, any_seed: bool = False) -> Path | None:
 
 def is_finished(folder: Path) -> bool:
     """Whether the run came to its end. A model alone may have been exported from a checkpoint on the way."""
-    if not (folder / MODEL).is_dir():
+    if not (folder / MODEL).is_dir() or (folder / ENDING).exists():
         return False
     return not last_of(folder).is_file() or has_ended(load_checkpoint(last_of(folder), weights_only=True))
 

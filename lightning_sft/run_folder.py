@@ -30,6 +30,7 @@ from lightning_sft.training.models import ADAPTER_CONFIG, MODEL_CONFIG
 
 CONFIG, LEDGER, METRICS = "config.yaml", "ledger.json", "metrics.csv"
 CHECKPOINTS, LAST, MODEL = "checkpoints", "last.ckpt", "model"
+ENDING = ".ending"  # is there while callbacks may still put other weights in place of the last step's
 RUNS = Path("runs")
 
 _LOCK = ".lock"
@@ -194,12 +195,18 @@ class RunFolder(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Export what was trained; `model/` is there only when it is whole."""
-        export(pl_module, Path(trainer.default_root_dir))
+        folder = Path(trainer.default_root_dir)
+        if trainer.is_global_zero:
+            (folder / ENDING).touch()
+        export(pl_module, folder)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Export again what a callback has put in place of the last step's weights."""
+        folder = Path(trainer.default_root_dir)
         if pl_module.restored:
-            export(pl_module, Path(trainer.default_root_dir))
+            export(pl_module, folder)
+        if trainer.is_global_zero:
+            (folder / ENDING).unlink(missing_ok=True)
 
 
 def export(module: Any, folder: Path) -> None:
