@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,8 @@ from lightning_sft.training.models import load_checkpoint
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.progress import Progress
 from lightning_sft.training.resuming import end_also_when_killed, position
+
+_TWICE = re.compile(r"more than one stateful callback of type `(\w+)`")
 
 
 class Parser(command_line.CommandParser, LightningArgumentParser):
@@ -81,6 +84,12 @@ class SFTCommand(LightningCLI):
             if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError) and not begun):
                 raise SFTError(
                     str(error), where="trainer", fix="change the trainer's options; --help lists them"
+                ) from error
+            if isinstance(error, RuntimeError) and (twice := _TWICE.search(str(error))):
+                raise SFTError(
+                    f"two callbacks of the class {twice[1]} would keep their state in one place",
+                    where="trainer.callbacks",
+                    fix="take one out, or give each a `name` of its own where the class has that option",
                 ) from error
             if isinstance(error, SystemExit) and _was_interrupted(self):
                 _tell_how_to_go_on(self.folder)

@@ -30,13 +30,14 @@ class DriftProbe(Probe):
 
     Args:
         every_n_steps: Optimizer steps between two measurements; 0 measures only at the start and the end.
+        name: Tells several of these apart, in their figures (`drift-NAME/...`) and files.
     """
 
     file = "drift"
     prefix = "drift"
 
-    def __init__(self, every_n_steps: int = 0) -> None:
-        super().__init__(every_n_steps)
+    def __init__(self, every_n_steps: int = 0, name: str | None = None) -> None:
+        super().__init__(every_n_steps, name)
 
     def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
         """The record of the model as it is now."""

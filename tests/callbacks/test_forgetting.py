@@ -213,6 +213,62 @@ def test_a_baseline_is_kept_for_other_runs(files, model_folder, tmp_path, monkey
         train(model_folder("qwen3"), files, tmp_path / "c", third, adapter=Full())
 
 
+# ------------------------------------------------------------------------------------- several of a class
+
+
+def test_two_probes_with_names_measure_what_each_would_alone(files, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    domains = [{"name": "text", "text": files["texts"]}, {"name": "facts", "questions": files["questions"]}]
+
+    def options(*chosen: int, **more: object) -> dict:
+        init = {"domains": [domains[n] for n in chosen], "every_n_steps": 2, **more}
+        return {"class_path": "ForgettingProbe", "init_args": init}
+
+    def run(name: str, *callbacks: dict, stop: str | None = None, **more: object) -> Path:
+        (tmp_path / name).mkdir(exist_ok=True)
+        trainer = {"callbacks": [{"class_path": "resume_run.Stop"}, *callbacks]}
+        config = write_config(
+            tmp_path / name, model_folder("llama"), model={"adapter": "Full"}, trainer=trainer
+        )
+        where = tmp_path / name / "run"
+        if stop is not None:
+            with pytest.raises(Stopped):
+                fit(config, "--trainer.default_root_dir", where, stop=stop)
+        fit(config, "--trainer.default_root_dir", where, *(["--ckpt_path", "last"] if stop else []))
+        return where
+
+    def history(where: Path, name: str = "forgetting") -> list[dict]:
+        return json.loads((where / f"{name}.json").read_text())["history"]
+
+    stopping = {
+        "class_path": "RetentionStopping",
+        "init_args": {"min_retention": 0.0, "patience": 99, "probe": "b"},
+    }
+    both = run("both", options(0), options(1, name="b"), stopping, stop="batch_start:10")
+    assert history(both) == history(run("first", options(0)))
+    assert history(both, "forgetting-b") == history(run("second", options(1)))
+    header = (both / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {
+        "forgetting/text/ce",
+        "forgetting-b/facts/ce",
+        "forgetting/retention",
+        "forgetting-b/retention",
+    } <= set(header)
+    saved = torch.load(both / "checkpoints/last.ckpt", weights_only=True)["callbacks"]
+    assert {"ForgettingProbe", "ForgettingProbe-b"} <= saved.keys()
+    kept = {each["step"]: each["retention"] for each in saved["RetentionStopping"]["archive"]}
+    measured = {each["step"]: each["retention"] for each in history(both, "forgetting-b")}
+    assert kept.items() <= measured.items()
+    for callbacks, says in (
+        ([options(0), options(1)], "two callbacks of the class ForgettingProbe"),
+        ([options(0), options(1, name="b"), {"class_path": "RetentionStopping"}], "several ForgettingProbes"),
+        ([options(0), {**stopping}], "no ForgettingProbe has the name 'b'"),
+        ([options(0, name="a/b")], "name is 'a/b'"),
+    ):
+        with pytest.raises(SFTError, match=says):
+            run("wrong", *callbacks)
+
+
 # ------------------------------------------------------------------------------------------- stopping
 
 
