@@ -48,6 +48,7 @@ _HOME = {
     "scores_by_task": "lightning_sft.evaluation.results",
     "read_rows": "lightning_sft.data.sources",
     "text_losses": "lightning_sft.evaluation.divergence",
+    "whole": "lightning_sft.training.shards",
 }
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from lightning_sft.example import Example
     from lightning_sft.rendering import Renderer, RenderPolicies
     from lightning_sft.training.module import SFTModule
+    from lightning_sft.training.shards import whole
 
 __all__ = [
     "Adapter",
@@ -111,6 +113,7 @@ __all__ = [
     "read_rows",
     "scores_by_task",
     "text_losses",
+    "whole",
 ]
 
 

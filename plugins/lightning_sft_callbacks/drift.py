@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lightning_sft import SFTError
+from lightning_sft import SFTError, whole
 from lightning_sft_callbacks.probing import Probe
 
 if TYPE_CHECKING:
@@ -49,9 +49,8 @@ class DriftProbe(Probe):
         for name, layer in layers.items():
             weight = layer.get_base_layer().weight
             for adapter in layer.active_adapters:
-                delta = layer.get_delta_weight(adapter)
-                moved[_group(name)] += float(delta.detach().double().square().sum())
-            base[_group(name)] += float(weight.detach().double().square().sum())
+                moved[_group(name)] += _squares(layer.get_delta_weight(adapter))
+            base[_group(name)] += _squares(weight)
         inside = tuple(f"{name}." for name in layers)
         own = {
             name: parameter.detach()
@@ -76,10 +75,15 @@ class DriftProbe(Probe):
     ) -> None:
         path = Path(trainer.default_root_dir) / "probes" / "trained-at-step-0.safetensors"
         if trainer.global_step == 0:
+            kept = {}
+            for name, tensor in own.items():
+                full = whole(tensor)
+                if trainer.is_global_zero:
+                    kept[name] = full.cpu().contiguous().clone()
             if trainer.is_global_zero:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 partial = path.with_name(path.name + ".partial")
-                save_file({name: tensor.cpu().contiguous().clone() for name, tensor in own.items()}, partial)
+                save_file(kept, partial)
                 partial.replace(path)
             trainer.strategy.barrier()
         if not path.is_file():
@@ -91,8 +95,12 @@ class DriftProbe(Probe):
         with safe_open(path, "pt") as file:
             for name, tensor in own.items():
                 before = file.get_tensor(name).double()
-                moved[_group(name)] += float((tensor.cpu().double() - before).square().sum())
+                moved[_group(name)] += float((whole(tensor).cpu().double() - before).square().sum())
                 base[_group(name)] += float(before.square().sum())
+
+
+def _squares(tensor: torch.Tensor) -> float:
+    return float(whole(tensor.detach()).double().square().sum())
 
 
 def _group(name: str) -> str:

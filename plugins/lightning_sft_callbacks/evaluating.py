@@ -71,7 +71,12 @@ class EvaluateDuringFit(Probe):
 
     def numbers(self, record: dict[str, Any]) -> dict[str, float]:
         """The scores, without those of single tasks and groups where there is one over all."""
-        return {name: value for name, value in record.items() if name.count("/") == 1}
+        found = super().numbers(record)
+        depths: dict[str, int] = {}
+        for name in found:
+            evaluator = name.partition("/")[0]
+            depths[evaluator] = min(name.count("/"), depths.get(evaluator, name.count("/")))
+        return {n: value for n, value in found.items() if n.count("/") == depths[n.partition("/")[0]] > 0}
 
     def told(self, record: dict[str, Any]) -> str:
         """The scores that are logged."""
