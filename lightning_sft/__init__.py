@@ -60,6 +60,7 @@ _HOME = {
     "read_rows": "lightning_sft.data.sources",
     "text_losses": "lightning_sft.evaluation.divergence",
     "turns": "lightning_sft.conversation",
+    "whole": "lightning_sft.training.shards",
 }
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ if TYPE_CHECKING:
     from lightning_sft.rendering import Renderer, RenderPolicies
     from lightning_sft.row_template import RowExpression, RowTemplate
     from lightning_sft.training.module import SFTModule
+    from lightning_sft.training.shards import whole
 
 __all__ = [
     "ANSWER_FORMATS",
@@ -160,6 +162,7 @@ __all__ = [
     "scores_by_task",
     "text_losses",
     "turns",
+    "whole",
 ]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lightning_sft import __version__, ranks
 from lightning_sft.errors import SFTError
@@ -17,6 +17,7 @@ COMMANDS = {
     "validate": "measure the loss on the validation rows of the same YAML",
     "test": "measure the loss on the test rows of the same YAML",
     "evaluate": "score a trained model, or its base, on benchmarks and text",
+    "sweep": "search over any options of fit: many runs of one YAML, and the best of them",
     "plan": "tell memory, steps and time of a run on named GPUs before anything runs",
     "preview": "show what is trained of each example, and why, without loading the model",
     "generate": "let the model of a run or model folder answer a prompt",
@@ -30,14 +31,19 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: that of the process).
+    """Run the command line `argv` (default: that of the process), and return its exit status; see `status_of`."""
+    return status_of(lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
+
+
+def status_of(command: Callable[[], None]) -> int:
+    """Run a command and tell what goes wrong.
 
     Returns:
         The exit status: 0; 2 after a mistake of the user's, told on stderr; 130 when interrupted; 1 when the
         reader of the output has gone away, or when a plug-in failed, with a line that names it and its traceback.
     """
     try:
-        _dispatch(list(sys.argv[1:] if argv is None else argv))
+        command()
         print(end="", flush=True)
     except SFTError as error:
         if ranks.failed(2) is None:
@@ -100,6 +106,10 @@ def _dispatch(argv: list[str]) -> None:
         from lightning_sft.cli import run
 
         run(argv)
+    elif command == "sweep":
+        from lightning_sft.sweeping.command import command as sweep
+
+        sweep(argv[1:])
     elif command == "plan":
         from lightning_sft.planning.command import command as plan
 

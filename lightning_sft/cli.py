@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -29,7 +30,9 @@ from lightning_sft.training.metrics_file import MetricsFile
 from lightning_sft.training.models import load_checkpoint
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.progress import Progress
-from lightning_sft.training.resuming import position
+from lightning_sft.training.resuming import end_also_when_killed, position
+
+_TWICE = re.compile(r"more than one stateful callback of type `(\w+)`")
 
 
 class Parser(command_line.CommandParser, LightningArgumentParser):
@@ -51,8 +54,8 @@ class SFTCommand(LightningCLI):
     draws_seed = False
     writer: run_folder.RunFolder | None = None
 
-    def __init__(self, argv: Sequence[str]) -> None:
-        self.asked = argv[0]
+    def __init__(self, argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
+        self.asked, self.further = argv[0], callbacks
         try:
             super().__init__(
                 SFTModule,
@@ -81,6 +84,12 @@ class SFTCommand(LightningCLI):
             if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError) and not begun):
                 raise SFTError(
                     str(error), where="trainer", fix="change the trainer's options; --help lists them"
+                ) from error
+            if isinstance(error, RuntimeError) and (twice := _TWICE.search(str(error))):
+                raise SFTError(
+                    f"two callbacks of the class {twice[1]} would keep their state in one place",
+                    where="trainer.callbacks",
+                    fix="take one out, or give each a `name` of its own where the class has that option",
                 ) from error
             if isinstance(error, SystemExit) and _was_interrupted(self):
                 _tell_how_to_go_on(self.folder)
@@ -180,7 +189,7 @@ class SFTCommand(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with what every run has: progress, checkpoints, metrics, the run folder."""
         given = dict(self._get(self.config_init, "trainer"))
-        callbacks = list(_as_list(given["callbacks"]))
+        callbacks = [*_as_list(given["callbacks"]), *self.further]
         if given["enable_progress_bar"] is not False and not _has(callbacks, ProgressBar):
             callbacks.append(Progress())
         if self.folder is None:
@@ -209,6 +218,7 @@ class SFTCommand(LightningCLI):
         precision = None if asked is None else str(asked)
         strategies.check(trainer, self.model.adapter, self.model.optimizer, precision)
         use_launcher(trainer)
+        end_also_when_killed(trainer)
         return trainer
 
     def _is_validated(self) -> bool:
@@ -234,21 +244,19 @@ class SFTCommand(LightningCLI):
         self.trainer.evaluator_configs = dumped["evaluators"]
 
     def after_fit(self) -> None:
-        """Say where everything is; write the model of a run that was killed between its last step and that.
+        """Say where everything is.
 
         Raises:
             SFTError: There was nothing to do, as when the checkpoint is from the run's end.
         """
         if self.writer is not None and not self.writer.started:
-            if self.resumed is None or self.resumed.folder is None:
-                raise SFTError(
-                    "the checkpoint is from the end of the run, so there is nothing left to train"
-                    if self.resumed
-                    else "the run ends before its first step",
-                    where=f"--ckpt_path {self.resumed.checkpoint}" if self.resumed else "trainer",
-                    fix="raise trainer.max_epochs, max_steps or max_time",
-                )
-            run_folder.export(self.model, self.resumed.folder)
+            raise SFTError(
+                "the checkpoint is from the end of the run, so there is nothing left to train"
+                if self.resumed
+                else "the run ends before its first step",
+                where=f"--ckpt_path {self.resumed.checkpoint}" if self.resumed else "trainer",
+                fix="raise trainer.max_epochs, max_steps or max_time",
+            )
         if self.folder is not None and self.trainer.is_global_zero:
             print(
                 f"\nThe run is in {self.folder}: "
@@ -258,8 +266,12 @@ class SFTCommand(LightningCLI):
             )
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
     """Run `fit`, `validate`, `test` or `evaluate` with these arguments, the command's name first.
+
+    Args:
+        argv: The arguments.
+        callbacks: Further callbacks, behind those of the configuration and in none of its files.
 
     Raises:
         SFTError: Something that the user gave is at fault.
@@ -271,7 +283,7 @@ def run(argv: Sequence[str]) -> None:
     plugins.load_named(plugins.named_in(argv))
     if any(argument.split("=")[0].endswith("help") or argument == "-h" for argument in argv):
         _load_all_that_can_be()
-    SFTCommand(argv)
+    SFTCommand(argv, callbacks)
 
 
 def _load_all_that_can_be() -> None:

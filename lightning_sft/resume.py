@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sft.errors import SFTError
-from lightning_sft.run_folder import CHECKPOINTS, CONFIG, LAST, MODEL, RUNS
+from lightning_sft.run_folder import CHECKPOINTS, CONFIG, ENDING, LAST, MODEL, RUNS
 from lightning_sft.training.models import load_checkpoint
 from lightning_sft.training.resuming import has_ended
 
@@ -99,18 +99,18 @@ def last_of(folder: Path) -> Path:
 
 def newest(config: Mapping[str, Any], *, any_seed: bool = False) -> Path | None:
     """The unfinished run under `runs/` with this configuration whose last checkpoint is the newest."""
-    wanted = _flat(config, any_seed)
+    wanted = flat(config, any_seed)
     same = [
         folder
         for folder, other in _runs()
-        if last_of(folder).is_file() and _flat(other, any_seed) == wanted and not is_finished(folder)
+        if last_of(folder).is_file() and flat(other, any_seed) == wanted and not is_finished(folder)
     ]
     return max(same, key=lambda folder: last_of(folder).stat().st_mtime_ns, default=None)
 
 
 def is_finished(folder: Path) -> bool:
     """Whether the run came to its end. A model alone may have been exported from a checkpoint on the way."""
-    if not (folder / MODEL).is_dir():
+    if not (folder / MODEL).is_dir() or (folder / ENDING).exists():
         return False
     return not last_of(folder).is_file() or has_ended(load_checkpoint(last_of(folder), weights_only=True))
 
@@ -128,19 +128,19 @@ def _runs() -> Iterator[tuple[Path, Mapping[str, Any]]]:
             yield path.parent, config
 
 
-def _flat(config: Mapping[str, Any], any_seed: bool, prefix: str = "") -> dict[str, str]:
+def flat(config: Mapping[str, Any], any_seed: bool, prefix: str = "") -> dict[str, str]:
     """The options that make the configuration what it is, by their dotted keys."""
-    flat: dict[str, str] = {}
+    found: dict[str, str] = {}
     left_out = {*_SAME_RUN, "seed_everything"} if any_seed else {*_SAME_RUN}
     for name, value in config.items():
         key = f"{prefix}{name}"
         if key in left_out:
             continue
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, any_seed, f"{key}.")
+            found |= flat(value, any_seed, f"{key}.")
         else:
-            flat[key] = repr(value)
-    return flat
+            found[key] = repr(value)
+    return found
 
 
 def _existing(path: Path) -> Path:
@@ -166,10 +166,10 @@ def _none_found(config: Mapping[str, Any], any_seed: bool) -> SFTError:
     looked = f"no unfinished run of this configuration under {RUNS.resolve()}"
     fix = "start it without --ckpt_path; --ckpt_path auto does so by itself"
     where = "--ckpt_path last"
-    wanted = _flat(config, any_seed)
+    wanted = flat(config, any_seed)
     others = []
     for folder, other in _runs():
-        found = _flat(other, any_seed)
+        found = flat(other, any_seed)
         different = sorted(key for key in found | wanted if found.get(key) != wanted.get(key))
         others.append((len(different), folder, found, different))
     others.sort(key=lambda each: each[0])

@@ -31,6 +31,7 @@ from lightning_sft.training.models import ADAPTER_CONFIG, MODEL_CONFIG
 
 CONFIG, LEDGER, METRICS, FILTERED = "config.yaml", "ledger.json", "metrics.csv", "filtered.jsonl"
 CHECKPOINTS, LAST, MODEL = "checkpoints", "last.ckpt", "model"
+ENDING = ".ending"  # is there while callbacks may still put other weights in place of the last step's
 RUNS = Path("runs")
 
 _LOCK = ".lock"
@@ -64,7 +65,7 @@ def claim(requested: str | None, name: str, *, resuming: bool) -> Path:
             folder = _next_free(name)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-        locked = _lock(folder)
+        locked = lock(folder)
     except OSError as error:
         where = f"trainer.default_root_dir: {requested}" if requested is not None else str(Path.cwd())
         raise SFTError(
@@ -83,7 +84,7 @@ def claim(requested: str | None, name: str, *, resuming: bool) -> Path:
 def release(folder: Path) -> None:
     """Let other processes have the folder, and remove it if the run wrote nothing."""
     if is_first_process():
-        _unlock(folder)
+        unlock(folder)
         with suppress(OSError):
             folder.rmdir()
 
@@ -97,7 +98,7 @@ def told() -> Path | None:
 _locks: dict[Path, IO[str]] = {}
 
 
-def _lock(folder: Path) -> bool:
+def lock(folder: Path) -> bool:
     """Take the folder for this process; the system frees it when the process ends, however it ends."""
     try:
         import fcntl
@@ -114,7 +115,8 @@ def _lock(folder: Path) -> bool:
     return True
 
 
-def _unlock(folder: Path) -> None:
+def unlock(folder: Path) -> None:
+    """Let other processes have the folder."""
     if (file := _locks.pop(folder, None)) is not None:
         (folder / _LOCK).unlink(missing_ok=True)
         file.close()
@@ -196,12 +198,18 @@ class RunFolder(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Export what was trained; `model/` is there only when it is whole."""
-        export(pl_module, Path(trainer.default_root_dir))
+        folder = Path(trainer.default_root_dir)
+        if trainer.is_global_zero:
+            (folder / ENDING).touch()
+        export(pl_module, folder)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Export again what a callback has put in place of the last step's weights."""
+        folder = Path(trainer.default_root_dir)
         if pl_module.restored:
-            export(pl_module, Path(trainer.default_root_dir))
+            export(pl_module, folder)
+        if trainer.is_global_zero:
+            (folder / ENDING).unlink(missing_ok=True)
 
 
 def export(module: Any, folder: Path) -> None:

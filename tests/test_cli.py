@@ -19,6 +19,7 @@ from lightning.pytorch import Callback
 from lightning_sft.__main__ import main
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+SWEEPS = sorted((Path(__file__).parents[1] / "configs/sweeps").glob("*.yaml"))
 STRATEGIES = sorted((Path(__file__).parents[1] / "configs/strategies").glob("*.yaml"))
 ROWS = [{"instruction": f"say {n}", "output": f"hello {n}"} for n in range(14)]
 
@@ -217,11 +218,11 @@ def test_a_strategy_stands_behind_any_config(capsys, path: Path, strategy: Path)
     assert spread == plain
 
 
-@pytest.mark.parametrize("path", CONFIGS + STRATEGIES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CONFIGS + STRATEGIES + SWEEPS, ids=lambda path: path.name)
 def test_a_shipped_config_explains_each_key(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
-    keys = [line for line in lines if re.match(r"\s*\w+: *\S", line)]  # with a value
+    keys = [line for line in lines if re.match(r"\s*[\w.]+: *\S", line)]  # with a value
     assert [line for line in keys if "#" not in line] == []
 
 

@@ -22,7 +22,7 @@ from lightning_sft.__main__ import main
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md", "docs/fine-tuning.md", "docs/data.md", "docs/evaluation.md", "docs/forgetting.md", "docs/plan.md",
-    "docs/plugins.md", "docs/distributed.md", "docs/filters.md",
+    "docs/plugins.md", "docs/distributed.md", "docs/filters.md", "docs/sweeps.md",
 ]  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def commands(page: str) -> list[str]:
 
 
 def starts_processes(line: str) -> bool:
-    return "--trainer.devices 2" in line
+    return "--trainer.devices 2" in line or line.startswith("lightning-sft sweep")
 
 
 @pytest.fixture

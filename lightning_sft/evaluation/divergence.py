@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_sft.training.fsdp2 import gathered
 from lightning_sft.training.layout import evaluating, hidden_states
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def text_losses(
     found: list[TextLoss | None] = [None] * len(examples)
     trainer = module._trainer
     precision = trainer.precision_plugin.val_step_context() if trainer is not None else nullcontext()
-    with evaluating(module), torch.no_grad(), precision:
+    with evaluating(module), torch.no_grad(), precision, gathered(module.loaded):
         for chosen in _batches([len(example) for example in examples], batch_tokens):
             batch = module.layout.collate([examples[i] for i in chosen], 1.0).to(module.device)
             known = None if reference is None else [reference[i] for i in chosen]

@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -131,6 +132,27 @@ class Resumable(LightningModule):
             )
         if isinstance(data := getattr(trainer, "datamodule", None), SFTDataModule):
             data.start = (epoch, batch)
+
+
+class EndingFitLoop(_FitLoop):
+    """Lightning's, but a run that was killed after its last step still comes to its end.
+
+    Lightning skips a run without steps left, and so the hooks in which callbacks measure, restore and export.
+    """
+
+    @property
+    def skip(self) -> bool:
+        """Whether to return at once; not where this run's own checkpoint is continued."""
+        module = cast("SFTModule", self.trainer.lightning_module)
+        continued = self.trainer.ckpt_path is not None and module.exact_resume
+        return bool(super().skip) and not (continued and self.trainer.limit_train_batches != 0)
+
+
+def end_also_when_killed(trainer: Trainer) -> None:
+    """Let a run that goes on from its last step call its callbacks."""
+    old = trainer.fit_loop
+    trainer.fit_loop = EndingFitLoop(trainer, old.min_epochs, old.max_epochs)
+    trainer.fit_loop.epoch_loop = old.epoch_loop
 
 
 def position(checkpoint: dict[str, Any]) -> tuple[int, int]:

@@ -42,6 +42,7 @@ class RefusalProbe(GenerationProbe):
         every_n_steps: Optimizer steps between two measurements; 0 measures only at the start and the end.
         max_new_tokens: Most tokens of an answer.
         phrases: What refusals say; by default common English ones.
+        name: Tells several of these apart, in their figures (`refusals-NAME/...`) and files.
     """
 
     file = "refusals"
@@ -54,8 +55,9 @@ class RefusalProbe(GenerationProbe):
         every_n_steps: int = 0,
         max_new_tokens: int = 32,
         phrases: list[str] | None = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(every_n_steps, max_new_tokens)
+        super().__init__(every_n_steps, max_new_tokens, name=name)
         self.harmful = read_prompts(harmful, "RefusalProbe.harmful")
         self.harmless = read_prompts(harmless, "RefusalProbe.harmless")
         self.phrases = [phrase.lower() for phrase in phrases or REFUSALS]
@@ -94,13 +96,14 @@ class BiasProbe(Probe):
     Args:
         pairs: A data file with columns `first` and `second`.
         every_n_steps: Optimizer steps between two measurements; 0 measures only at the start and the end.
+        name: Tells several of these apart, in their figures (`bias-NAME/...`) and files.
     """
 
     file = "bias"
     prefix = "bias"
 
-    def __init__(self, pairs: str, every_n_steps: int = 0) -> None:
-        super().__init__(every_n_steps)
+    def __init__(self, pairs: str, every_n_steps: int = 0, name: str | None = None) -> None:
+        super().__init__(every_n_steps, name)
         self.pairs = []
         for meta, row in read_rows(Source(pairs)):
             first, second = row.get("first"), row.get("second")
@@ -140,13 +143,16 @@ class FormatProbe(GenerationProbe):
         path: A data file with columns `prompt` and `format`: json, xml or markdown.
         every_n_steps: Optimizer steps between two measurements; 0 measures only at the start and the end.
         max_new_tokens: Most tokens of an answer.
+        name: Tells several of these apart, in their figures (`formats-NAME/...`) and files.
     """
 
     file = "formats"
     prefix = "formats"
 
-    def __init__(self, path: str, every_n_steps: int = 0, max_new_tokens: int = 128) -> None:
-        super().__init__(every_n_steps, max_new_tokens)
+    def __init__(
+        self, path: str, every_n_steps: int = 0, max_new_tokens: int = 128, name: str | None = None
+    ) -> None:
+        super().__init__(every_n_steps, max_new_tokens, name=name)
         self.prompts = read_prompts(path, "FormatProbe.path")
         self.formats: list[str] = []
         for meta, row in read_rows(Source(path)):

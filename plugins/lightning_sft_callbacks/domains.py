@@ -24,6 +24,7 @@ from lightning_sft import (
     read_rows,
     text_losses,
 )
+from lightning_sft_callbacks.overlap import Passage
 from lightning_sft_callbacks.retention import Measured
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Loaded:
         texts: The texts' windows: examples of at most the model's context.
         owners: The text that each window is of.
         bytes: UTF-8 bytes of each text.
+        passages: The texts, or the questions with their answers, to look for in the training data.
         items: The questions, or the evaluator's items.
         answers: The index of each question's right choice.
         chance: The expected accuracy of guessing.
@@ -80,6 +82,7 @@ class Loaded:
     texts: list[Example] = field(default_factory=list)
     owners: list[int] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
+    passages: list[Passage] = field(default_factory=list)
     items: list[Item] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
     chance: float = 0.0
@@ -137,6 +140,7 @@ def _load_text(domain: Domain, texts: list[tuple[Meta, str]], module: SFTModule)
     # The empty last segment leaves the EOS token, which would follow, out of the sum.
     examples = module.renderer.render_all([Segments(((text, 1.0), ("", 0.0)), meta) for meta, text in texts])
     loaded = Loaded(domain, bytes=[len(text.encode()) for _, text in texts])
+    loaded.passages = [Passage(domain.name, str(meta), text) for meta, text in texts]
     size = module.context_length or max(map(len, examples))
     for owner, example in enumerate(examples):
         for start in range(0, len(example), size):
@@ -172,6 +176,7 @@ def _load_questions(domain: Domain, rows: list[tuple[str, Row]]) -> Loaded:
         asked = tuple(LogLikelihood(context, f" {choice}") for choice in choices)
         loaded.items.append(Item(domain.name, number, asked, target=str(choices[answer])))
         loaded.answers.append(answer)
+        loaded.passages.append(Passage(domain.name, where, f"{question} {choices[answer]}"))
         chances.append(1 / len(choices))
     loaded.chance = sum(chances) / len(chances)
     return loaded

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lightning_sft import SFTError
+from lightning_sft import SFTError, whole
 from lightning_sft_callbacks.probing import Probe
 
 if TYPE_CHECKING:
@@ -30,13 +30,14 @@ class DriftProbe(Probe):
 
     Args:
         every_n_steps: Optimizer steps between two measurements; 0 measures only at the start and the end.
+        name: Tells several of these apart, in their figures (`drift-NAME/...`) and files.
     """
 
     file = "drift"
     prefix = "drift"
 
-    def __init__(self, every_n_steps: int = 0) -> None:
-        super().__init__(every_n_steps)
+    def __init__(self, every_n_steps: int = 0, name: str | None = None) -> None:
+        super().__init__(every_n_steps, name)
 
     def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
         """The record of the model as it is now."""
@@ -48,9 +49,8 @@ class DriftProbe(Probe):
         for name, layer in layers.items():
             weight = layer.get_base_layer().weight
             for adapter in layer.active_adapters:
-                delta = layer.get_delta_weight(adapter)
-                moved[_group(name)] += float(delta.detach().double().square().sum())
-            base[_group(name)] += float(weight.detach().double().square().sum())
+                moved[_group(name)] += _squares(layer.get_delta_weight(adapter))
+            base[_group(name)] += _squares(weight)
         inside = tuple(f"{name}." for name in layers)
         own = {
             name: parameter.detach()
@@ -75,10 +75,15 @@ class DriftProbe(Probe):
     ) -> None:
         path = Path(trainer.default_root_dir) / "probes" / "trained-at-step-0.safetensors"
         if trainer.global_step == 0:
+            kept = {}
+            for name, tensor in own.items():
+                full = whole(tensor)
+                if trainer.is_global_zero:
+                    kept[name] = full.cpu().contiguous().clone()
             if trainer.is_global_zero:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 partial = path.with_name(path.name + ".partial")
-                save_file({name: tensor.cpu().contiguous().clone() for name, tensor in own.items()}, partial)
+                save_file(kept, partial)
                 partial.replace(path)
             trainer.strategy.barrier()
         if not path.is_file():
@@ -90,8 +95,12 @@ class DriftProbe(Probe):
         with safe_open(path, "pt") as file:
             for name, tensor in own.items():
                 before = file.get_tensor(name).double()
-                moved[_group(name)] += float((tensor.cpu().double() - before).square().sum())
+                moved[_group(name)] += float((whole(tensor).cpu().double() - before).square().sum())
                 base[_group(name)] += float(before.square().sum())
+
+
+def _squares(tensor: torch.Tensor) -> float:
+    return float(whole(tensor.detach()).double().square().sum())
 
 
 def _group(name: str) -> str:

@@ -25,15 +25,21 @@ class EvaluateDuringFit(Probe):
         every_n_steps: Optimizer steps between two measurements; 0 measures only at the start and the end.
         items: So many of each evaluator's items, drawn by `seed`; all of them where it is left out.
         seed: Which items are drawn.
+        name: Tells several of these apart, in their figures (`evaluations-NAME/...`) and files.
     """
 
     file = "evaluations"
     prefix = "evaluations"
 
     def __init__(
-        self, evaluators: list[Evaluator], every_n_steps: int = 0, items: int | None = None, seed: int = 0
+        self,
+        evaluators: list[Evaluator],
+        every_n_steps: int = 0,
+        items: int | None = None,
+        seed: int = 0,
+        name: str | None = None,
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, name)
         if not evaluators or (items is not None and items < 1):
             raise SFTError(
                 "there is no evaluator" if not evaluators else f"items is {items}",
@@ -73,7 +79,12 @@ class EvaluateDuringFit(Probe):
 
     def numbers(self, record: dict[str, Any]) -> dict[str, float]:
         """The scores, without those of single tasks and groups where there is one over all."""
-        return {name: value for name, value in record.items() if name.count("/") == 1}
+        found = super().numbers(record)
+        depths: dict[str, int] = {}
+        for name in found:
+            evaluator = name.partition("/")[0]
+            depths[evaluator] = min(name.count("/"), depths.get(evaluator, name.count("/")))
+        return {n: value for n, value in found.items() if n.count("/") == depths[n.partition("/")[0]] > 0}
 
     def told(self, record: dict[str, Any]) -> str:
         """The scores that are logged."""

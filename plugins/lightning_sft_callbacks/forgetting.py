@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from lightning_sft import Scorer, SFTError
 from lightning_sft_callbacks import domains as asked
 from lightning_sft_callbacks import references
 from lightning_sft_callbacks.domains import Domain, Loaded
+from lightning_sft_callbacks.overlap import Overlap, overlaps
 from lightning_sft_callbacks.probing import Probe
 from lightning_sft_callbacks.references import Baseline
 from lightning_sft_callbacks.retention import Measured, change, intervals, objective, retained, retention
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from lightning_sft import Example, SFTModule
+
+
+_SHOWN = 5
 
 
 class ForgettingProbe(Probe):
@@ -41,6 +46,7 @@ class ForgettingProbe(Probe):
         strictness: How much lost retention weighs against the gain, in J.
         cache: A folder in which baselines are kept for other runs, by model and domains; by default `probes/` of
             the run folder.
+        name: Tells several of these apart, in their figures (`forgetting-NAME/...`) and files.
     """
 
     measures_forgetting = True
@@ -56,8 +62,9 @@ class ForgettingProbe(Probe):
         task_examples: int = 128,
         strictness: float = 1.0,
         cache: str | None = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(every_n_steps or 0)
+        super().__init__(every_n_steps or 0, name)
         self.is_auto = every_n_steps is None
         self.domains = [Domain("general", text="tiny:general")] if domains is None else domains
         names = [domain.name for domain in self.domains]
@@ -82,6 +89,8 @@ class ForgettingProbe(Probe):
         self.cache = cache
         self.baseline: Baseline | None = None
         self.task_before: float | None = None
+        self.overlaps: list[Overlap] = []
+        """Passages of the domains that are trained on; known to rank 0."""
         self._loaded: list[Loaded] = []
         self._saved: dict[str, Any] = {}
         self._began = time.monotonic()
@@ -101,11 +110,36 @@ class ForgettingProbe(Probe):
             return  # another callback has asked before
         self._loaded = [asked.load(domain, module) for domain in self.domains]
         _refuse_trained(self._loaded, module)
+        self._warn_of_overlaps(trainer, module)
         if self.is_auto:
             self.every_n_steps = self._interval(module)
         self._began = time.monotonic()
         self._find_baseline(trainer, module)
         super().begin(trainer, module)
+
+    def _warn_of_overlaps(self, trainer: Trainer, module: SFTModule) -> None:
+        """Warn of passages that are trained on, and keep them for the record; rank 0 looks."""
+        if not trainer.is_global_zero:
+            return
+        passages = [passage for loaded in self._loaded for passage in loaded.passages]
+        tokenizer = module.tokenizer
+        self.overlaps = overlaps(
+            passages,
+            module.data.prepared["train"].examples,
+            lambda text: tokenizer.encode(text, add_special_tokens=False),
+            tokenizer.decode,
+        )
+        if self.overlaps:
+            lines = [
+                f"\n    {each.passage.domain}: {each.passage.where}, in {each.row}: “{each.words}”"
+                for each in self.overlaps
+            ]
+            more = "\n    ..." if len(lines) > _SHOWN else ""
+            warnings.warn(
+                f"ForgettingProbe: {len(lines)} of {len(passages)} probe texts have a passage that is trained on, so "
+                f"they show less of what is forgotten:{''.join(lines[:_SHOWN])}{more}",
+                stacklevel=2,
+            )
 
     def latest(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
         """The record of the step at hand, measured now if it wasn't yet; also before the probe's own first hook."""
@@ -252,6 +286,15 @@ class ForgettingProbe(Probe):
             "weights": self.weights,
             "strictness": self.strictness,
             "seconds": round(self.seconds, 3),
+            "overlaps": [
+                {
+                    "domain": each.passage.domain,
+                    "text": each.passage.where,
+                    "row": each.row,
+                    "words": each.words,
+                }
+                for each in self.overlaps
+            ],
             "baseline": {name: asdict(each) for name, each in self.baseline.measured.items()},
             **super().report(),
         }

@@ -22,10 +22,13 @@ class GenerationProbe(Probe):
         every_n_steps: Optimizer steps between two measurements; 0 measures only at the start and the end.
         max_new_tokens: Most tokens of an answer.
         temperature: 0 takes the likeliest token each time; else tokens are drawn, each time alike.
+        name: Tells several of one class apart.
     """
 
-    def __init__(self, every_n_steps: int, max_new_tokens: int, temperature: float = 0.0) -> None:
-        super().__init__(every_n_steps)
+    def __init__(
+        self, every_n_steps: int, max_new_tokens: int, temperature: float = 0.0, name: str | None = None
+    ) -> None:
+        super().__init__(every_n_steps, name)
         if max_new_tokens < 1 or temperature < 0:
             raise SFTError(
                 f"max_new_tokens is {max_new_tokens}, temperature {temperature}",
@@ -62,6 +65,7 @@ class SampleGenerations(GenerationProbe):
         max_new_tokens: Most tokens of an answer.
         temperature: 0 takes the likeliest token each time; else tokens are drawn, each time alike.
         shown: How many prompts to show in the terminal at the end, with the base's and the tuned model's answer.
+        name: Tells several of these apart, in their figures (`generations-NAME/...`) and files.
     """
 
     file = "generations"
@@ -75,8 +79,9 @@ class SampleGenerations(GenerationProbe):
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         shown: int = 3,
+        name: str | None = None,
     ) -> None:
-        super().__init__(every_n_steps, max_new_tokens, temperature)
+        super().__init__(every_n_steps, max_new_tokens, temperature, name)
         self.prompts = list(prompts or []) + (read_prompts(path, "SampleGenerations.path") if path else [])
         if not self.prompts:
             raise SFTError("there are no prompts", where="SampleGenerations", fix="give prompts or path")

@@ -54,6 +54,7 @@ class MemorizationProbe(Probe):
         seed: Which rows and which candidates are drawn.
         canaries: The file of canaries that is trained on.
         candidates: Random numbers that each canary is ranked among, itself included.
+        name: Tells several of these apart, in their figures (`memorization-NAME/...`) and files.
     """
 
     file = "memorization"
@@ -71,8 +72,9 @@ class MemorizationProbe(Probe):
         seed: int = 0,
         canaries: str | None = None,
         candidates: int = 256,
+        name: str | None = None,
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, name)
         if examples < 2 or draws < 1 or not 0 < probability < 1 or candidates < 2:
             raise SFTError(
                 f"examples is {examples}, draws {draws}, probability {probability}, candidates {candidates}",

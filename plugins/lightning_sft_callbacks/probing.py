@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from abc import abstractmethod
 from pathlib import Path
@@ -26,22 +27,37 @@ class Probe(Callback):
 
     Args:
         every_n_steps: Optimizer steps between two measurements; 0 measures only at the start and the end.
+        name: Tells several probes of one class apart, in their figures and files.
     """
 
     file = "probe"
     prefix = "probe"
 
-    def __init__(self, every_n_steps: int) -> None:
+    def __init__(self, every_n_steps: int, name: str | None = None) -> None:
         if every_n_steps < 0:
             raise SFTError(
                 f"every_n_steps is {every_n_steps}",
                 where=type(self).__name__,
                 fix="give 0 (only at the start and the end) or more",
             )
+        if name is not None and not re.fullmatch(r"[\w.-]+", name):
+            raise SFTError(
+                f"name is {name!r}",
+                where=type(self).__name__,
+                fix="give letters, digits, '-', '_' and '.' only",
+            )
         self.every_n_steps = every_n_steps
+        self.name = name
+        if name is not None:
+            self.file, self.prefix = f"{self.file}-{name}", f"{self.prefix}-{name}"
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0
         """Time spent on measuring, of this process."""
+
+    @property
+    def state_key(self) -> str:
+        """What its state is called in checkpoints."""
+        return type(self).__qualname__ + (f"-{self.name}" if self.name is not None else "")
 
     @abstractmethod
     def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
@@ -113,7 +129,7 @@ class Probe(Callback):
         if not trainer.is_global_zero:
             return
         if line := self.told(record):
-            print(line, flush=True)
+            print(line if self.name is None else f"{self.name}: {line}", flush=True)
         path = Path(trainer.default_root_dir) / f"{self.file}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")

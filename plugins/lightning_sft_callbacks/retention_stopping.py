@@ -29,9 +29,12 @@ class RetentionStopping(Callback):
         min_retention: Least retention R that is accepted.
         patience: Measurements in a row below `min_retention`, or without a better J, until training stops.
         restore: End with the best weights, not the last ones.
+        probe: The `name` of the `ForgettingProbe` that it goes by, where there are several.
     """
 
-    def __init__(self, min_retention: float = 0.9, patience: int = 2, restore: bool = True) -> None:
+    def __init__(
+        self, min_retention: float = 0.9, patience: int = 2, restore: bool = True, probe: str | None = None
+    ) -> None:
         if not 0 <= min_retention <= 1 or patience < 1:
             raise SFTError(
                 f"min_retention is {min_retention}, patience {patience}",
@@ -41,6 +44,7 @@ class RetentionStopping(Callback):
         self.min_retention = min_retention
         self.patience = patience
         self.restore = restore
+        self.probe = probe
         self.archive: list[dict[str, Any]] = []
         """Of each kept measurement: step, gain, retention, objective, file; none dominates another."""
         self.seen = -1
@@ -56,25 +60,25 @@ class RetentionStopping(Callback):
             SFTError: There is none, or no validation data to measure the gain with.
         """
         if stage == "fit":
-            _probe(trainer)
+            self._probe(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at step 0, or at what the checkpoint's step was still owed."""
         module = cast("SFTModule", pl_module)
-        if "val" not in module.data.prepared or not _probe(trainer).task_examples:
+        if "val" not in module.data.prepared or not self._probe(trainer).task_examples:
             raise SFTError(
                 "the gain can't be measured without validation data",
                 where="RetentionStopping",
                 fix="give data.val or data.val_split, and ForgettingProbe.task_examples above 0",
             )
-        if trainer.global_step == 0 or _probe(trainer).is_due(trainer.global_step):
+        if trainer.global_step == 0 or self._probe(trainer).is_due(trainer.global_step):
             self._look(trainer, module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Look at a measurement when there is a new one."""
-        if _probe(trainer).is_due(trainer.global_step):
+        if self._probe(trainer).is_due(trainer.global_step):
             self._look(trainer, cast("SFTModule", pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,8 +102,24 @@ class RetentionStopping(Callback):
             return max(enough, key=lambda each: each["objective"])
         return max(self.archive, key=lambda each: each["retention"], default=None)
 
+    def _probe(self, trainer: Trainer) -> ForgettingProbe:
+        callbacks: list[Callback] = vars(trainer)["callbacks"]
+        probes = [each for each in callbacks if isinstance(each, ForgettingProbe)]
+        named = [each for each in probes if self.probe is None or each.name == self.probe]
+        if len(named) == 1:
+            return named[0]
+        if not probes:
+            what, fix = "there is no ForgettingProbe", "add ForgettingProbe to trainer.callbacks"
+        elif not named:
+            what, fix = f"no ForgettingProbe has the name {self.probe!r}", "correct RetentionStopping.probe"
+        else:
+            what, fix = "there are several ForgettingProbes", "name the one in RetentionStopping.probe"
+        raise SFTError(
+            f"{what}, whose measurements it goes by", where="trainer.callbacks: RetentionStopping", fix=fix
+        )
+
     def _look(self, trainer: Trainer, module: SFTModule, *, may_stop: bool = True) -> None:
-        record = _probe(trainer).latest(trainer, module)
+        record = self._probe(trainer).latest(trainer, module)
         if record["step"] <= self.seen:
             return
         self.seen = record["step"]
@@ -147,15 +167,3 @@ class RetentionStopping(Callback):
         """Go on from there."""
         for name, value in state_dict.items():
             setattr(self, name, value)
-
-
-def _probe(trainer: Trainer) -> ForgettingProbe:
-    callbacks: list[Callback] = vars(trainer)["callbacks"]
-    for callback in callbacks:
-        if isinstance(callback, ForgettingProbe):
-            return callback
-    raise SFTError(
-        "there is no ForgettingProbe, whose measurements it goes by",
-        where="trainer.callbacks: RetentionStopping",
-        fix="add ForgettingProbe to trainer.callbacks",
-    )

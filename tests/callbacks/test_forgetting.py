@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from safetensors.torch import load_file
 
-from lightning_sft import SFTDataModule, SFTError, SFTModule
+from lightning_sft import SFTDataModule, SFTError, SFTModule, run_folder
 from lightning_sft_adapters.full import Full
 from lightning_sft_adapters.lora import LoRA
 from lightning_sft_callbacks.domains import Domain
@@ -19,7 +21,7 @@ from lightning_sft_callbacks.forgetting import ForgettingProbe
 from lightning_sft_callbacks.retention_stopping import RetentionStopping
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from resume_run import STOP, Stopped, write_config
+from resume_run import STOP, Stopped, fit, write_config
 
 TEXTS = [
     "hello there, how are you?",
@@ -211,6 +213,62 @@ def test_a_baseline_is_kept_for_other_runs(files, model_folder, tmp_path, monkey
         train(model_folder("qwen3"), files, tmp_path / "c", third, adapter=Full())
 
 
+# ------------------------------------------------------------------------------------- several of a class
+
+
+def test_two_probes_with_names_measure_what_each_would_alone(files, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    domains = [{"name": "text", "text": files["texts"]}, {"name": "facts", "questions": files["questions"]}]
+
+    def options(*chosen: int, **more: object) -> dict:
+        init = {"domains": [domains[n] for n in chosen], "every_n_steps": 2, **more}
+        return {"class_path": "ForgettingProbe", "init_args": init}
+
+    def run(name: str, *callbacks: dict, stop: str | None = None, **more: object) -> Path:
+        (tmp_path / name).mkdir(exist_ok=True)
+        trainer = {"callbacks": [{"class_path": "resume_run.Stop"}, *callbacks]}
+        config = write_config(
+            tmp_path / name, model_folder("llama"), model={"adapter": "Full"}, trainer=trainer
+        )
+        where = tmp_path / name / "run"
+        if stop is not None:
+            with pytest.raises(Stopped):
+                fit(config, "--trainer.default_root_dir", where, stop=stop)
+        fit(config, "--trainer.default_root_dir", where, *(["--ckpt_path", "last"] if stop else []))
+        return where
+
+    def history(where: Path, name: str = "forgetting") -> list[dict]:
+        return json.loads((where / f"{name}.json").read_text())["history"]
+
+    stopping = {
+        "class_path": "RetentionStopping",
+        "init_args": {"min_retention": 0.0, "patience": 99, "probe": "b"},
+    }
+    both = run("both", options(0), options(1, name="b"), stopping, stop="batch_start:10")
+    assert history(both) == history(run("first", options(0)))
+    assert history(both, "forgetting-b") == history(run("second", options(1)))
+    header = (both / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {
+        "forgetting/text/ce",
+        "forgetting-b/facts/ce",
+        "forgetting/retention",
+        "forgetting-b/retention",
+    } <= set(header)
+    saved = torch.load(both / "checkpoints/last.ckpt", weights_only=True)["callbacks"]
+    assert {"ForgettingProbe", "ForgettingProbe-b"} <= saved.keys()
+    kept = {each["step"]: each["retention"] for each in saved["RetentionStopping"]["archive"]}
+    measured = {each["step"]: each["retention"] for each in history(both, "forgetting-b")}
+    assert kept.items() <= measured.items()
+    for callbacks, says in (
+        ([options(0), options(1)], "two callbacks of the class ForgettingProbe"),
+        ([options(0), options(1, name="b"), {"class_path": "RetentionStopping"}], "several ForgettingProbes"),
+        ([options(0), {**stopping}], "no ForgettingProbe has the name 'b'"),
+        ([options(0, name="a/b")], "name is 'a/b'"),
+    ):
+        with pytest.raises(SFTError, match=says):
+            run("wrong", *callbacks)
+
+
 # ------------------------------------------------------------------------------------------- stopping
 
 
@@ -300,6 +358,51 @@ def test_history_and_archive_survive_a_kill(files, model_folder, tmp_path, monke
         )
     assert [record["step"] for record in results["whole"][0]] == [0, 2, 4, 6, 8, 10]
     assert results["killed"] == results["whole"]
+
+
+@pytest.mark.parametrize("exported", [True, False], ids=["after the export", "before it"])
+def test_a_run_that_is_killed_at_its_end_still_ends_with_the_best(
+    exported, files, model_folder, tmp_path, monkeypatch
+):
+    domains = [{"name": "text", "text": files["texts"]}]
+    probing = {"domains": domains, "every_n_steps": 3}
+    models = []
+    for stop in (None, "train_end:1"):
+        folder = tmp_path / str(stop)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        callbacks = [
+            {"class_path": "resume_run.Stop"},
+            {"class_path": "RetentionStopping", "init_args": {"min_retention": 0.9, "patience": 99}},
+            {"class_path": "ForgettingProbe", "init_args": probing},
+        ]
+        config = write_config(
+            folder, model_folder("llama"), model={"adapter": "Full", "learning_rate": 0.2},
+            trainer={"callbacks": callbacks, "gradient_clip_val": 1.0},
+        )  # fmt: skip
+        run = Path("runs/my-1")
+        if stop is None:
+            fit(config)
+        else:
+            with pytest.raises(Stopped):
+                fit(config, stop=stop)
+            assert (run / "model").exists()
+            if not exported:
+                shutil.rmtree(run / "model")
+                (run / run_folder.ENDING).unlink()
+            fit(config, "--ckpt_path", "last")
+        saved = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        history = json.loads((run / "forgetting.json").read_text())["history"]
+        weights = load_file(run / "model/model.safetensors")
+        models.append((weights, history, sorted(path.name for path in (run / "pareto").iterdir())))
+        last = {name.removeprefix("model."): tensor for name, tensor in saved.items()}
+        assert not torch.equal(weights["model.norm.weight"], last["model.norm.weight"])
+        assert not (run / run_folder.ENDING).exists()
+        with pytest.raises(SFTError, match="is finished"):
+            fit(config, "--ckpt_path", "last", "--trainer.default_root_dir", run)
+    assert [record["step"] for record in models[0][1]] == [0, 3, 6, 9, 10]
+    assert models[0][1:] == models[1][1:]
+    assert all(torch.equal(models[0][0][name], models[1][0][name]) for name in models[0][0])
 
 
 # --------------------------------------------------------------------------------------------- mistakes

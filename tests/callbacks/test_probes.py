@@ -327,6 +327,8 @@ def test_evaluators_run_on_the_way_on_the_same_items(train, model_folder):
     expected = sum(each.log_likelihood for each in again) / 2
     assert probe.history[-1]["likely/nats"] == pytest.approx(expected)
     assert probe.numbers(probe.history[-1]) == {"likely/nats": pytest.approx(expected)}
+    several = {"step": 2, "a/b/x": 1.0, "a/b/y": 2.0, "a/b/c/x": 3.0, "d/x": 4.0, "d/e/x": 5.0}
+    assert probe.numbers(several) == {"a/b/x": 1.0, "a/b/y": 2.0, "d/x": 4.0}
     with pytest.raises(SFTError, match="no evaluator"):
         EvaluateDuringFit([])
 

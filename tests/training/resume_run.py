@@ -71,6 +71,9 @@ class Stop(Callback):
     def on_train_epoch_start(self, *args):
         self._call("epoch_start")
 
+    def on_train_end(self, *args):
+        self._call("train_end")
+
 
 class _SlowTorch:
     """Stands in for torch where checkpoints are written: the n-th is written half, and then never on."""

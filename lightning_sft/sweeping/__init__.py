@@ -1,0 +1,1 @@
+"""`lightning-sft sweep`: many runs of one configuration, over options that are searched."""
