@@ -47,7 +47,8 @@ def differences(before: Sequence[Record], after: Sequence[Record], seed: int = 0
     pairs = [(old[each.task, each.number], each) for each in after if (each.task, each.number) in old]
     if not pairs:
         return []
-    return [_difference(metric, pairs, seed) for metric in pairs[0][1].metrics]
+    shared = [m for m in pairs[0][1].metrics if all(m in each.metrics for pair in pairs for each in pair)]
+    return [_difference(metric, pairs, seed) for metric in shared]
 
 
 def _difference(metric: str, pairs: Sequence[tuple[Record, Record]], seed: int) -> Difference:
