@@ -101,6 +101,8 @@ class Filter(ABC):
     def judge(self, conversation: Conversation | Segments) -> Verdict:
         """Whether to keep a conversation, or text as it stands. Pure; called in several processes.
 
+        It isn't asked about what a filter before it has dropped, unless that is a `SetFilter`, which decides later.
+
         Raises:
             SFTError: Nothing can be said of it: what is wrong. The file and the row number are added by the caller.
         """

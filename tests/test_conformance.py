@@ -33,6 +33,7 @@ from lightning_sft_callbacks.memorization import MemorizationProbe
 from lightning_sft_callbacks.retention_stopping import RetentionStopping
 from lightning_sft_evaluators.bbh import BBH
 from lightning_sft_evaluators.generation_task import GenerationTask
+from lightning_sft_evaluators.harness import LMEvalHarness
 from lightning_sft_evaluators.hf_evaluate import HFEvaluate
 from lightning_sft_evaluators.ifeval import IFEval
 from lightning_sft_evaluators.judge import Judge
@@ -425,6 +426,26 @@ class Same(evaluate.Metric):
 class TestReferenceMetrics(EvaluatorTests):
     plugin = ReferenceMetrics
     options = {"path": "tiny:held_out", "max_new_tokens": 8, "valid_as": "json", "limit": 20}
+
+
+class TestLMEvalHarness(EvaluatorTests):
+    plugin = LMEvalHarness
+
+    @pytest.fixture(autouse=True)
+    def write_task(self, tmp_path):
+        pytest.importorskip(
+            "lm_eval", reason="lm-evaluation-harness isn't installed (lightning-sft[harness])"
+        )
+        rows = [{"question": f"say {n}", "answer": n % 2} for n in range(4)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = {
+            "task": "said", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "test",
+            "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}, "doc_to_text": "{{question}}",
+            "doc_to_choice": ["yes", "no"], "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        }  # fmt: skip
+        (tmp_path / "said.yaml").write_text(json.dumps(task))
+        self.options = {"tasks": ["said"], "include_path": str(tmp_path), "builtin": False}
 
 
 class TestIFEval(EvaluatorTests):

@@ -172,6 +172,7 @@ def test_a_run_with_all_of_them(installed: Path, named: str) -> None:
         for kind in WITH_TEMPLATES
     }
     rows = [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(6)]
+    rows.append({"question": "Say so.", "answer": "Say so."})
     (installed / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {
         "model": {
@@ -179,7 +180,11 @@ def test_a_run_with_all_of_them(installed: Path, named: str) -> None:
             "adapter": {"class_path": name["adapters"], "init_args": {"layers": 2}},
             "loss": name["losses"],
         },
-        "data": {"train": [{"path": "rows.jsonl", "format": name["formats"]}], "batch_size": 3},
+        "data": {
+            "train": [{"path": "rows.jsonl", "format": name["formats"]}],
+            "filters": [name["filters"]],
+            "batch_size": 3,
+        },
         "trainer": {"max_steps": 2, "accelerator": "cpu", "callbacks": [{"class_path": name["callbacks"]}]},
         "evaluators": [{"class_path": name["evaluators"], "init_args": {"largest": 1}}],
     }
@@ -191,6 +196,7 @@ def test_a_run_with_all_of_them(installed: Path, named: str) -> None:
         assert "error" not in shown[0]
     out = run(command, "fit", "--config", "run.yaml", cwd=installed)
     assert "format MyFormats (my-formats 0.1.0)" in out
+    assert "filtered 1 conversations (MyFilters): the answer repeats the question" in out
     assert "lowest training loss: " in out
     run(command, "evaluate", "--config", "run.yaml", "--output", f"scores {named}", cwd=installed)
     told = json.loads((installed / f"scores {named}" / "results.json").read_text())["evaluators"]

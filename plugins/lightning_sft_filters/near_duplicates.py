@@ -39,8 +39,8 @@ class NearDuplicates(SetFilter):
     """Keeps the first of those that have nearly the same text, over all sources.
 
     Finds at least 99 % of the pairs at the threshold, more of those that are more alike, and drops none below it. Needs
-    rensa: `pip install "lightning-sft[dedup]"`. Keeps 1 to 2 kB of each text in memory, and its shingles in a temporary
-    file. Conversations without any text in the part are kept.
+    rensa: `pip install "lightning-sft[dedup]"`. Keeps about 2.2 kB of each text in memory, and its shingles in a
+    temporary file. Conversations without any text in the part are kept.
 
     Args:
         threshold: Similar are those whose Jaccard index is as large: 1 is the same set of shingles.

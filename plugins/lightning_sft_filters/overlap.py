@@ -20,7 +20,7 @@ from lightning_sft_filters.parts import Part, at_least, excerpt, text_of, words_
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_FACTOR = 0x9E3779B97F4A7C15  # odd; of the hash of a run
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd; of the hash of a run
 
 
 class Overlap(Filter):
@@ -51,22 +51,30 @@ class Overlap(Filter):
     def judge(self, conversation: Conversation | Segments) -> Verdict:
         """Drops it with the number of shared runs as the score, and the first of them as the detail."""
         words = words_of(text_of(conversation, self.part))
+        of_words = word_hashes(words)
         shared, first = 0, ""
         for size, known in self.runs.items():
-            places = np.flatnonzero(np.isin(hashes(words, size), known))
+            found = run_hashes(of_words, size)
+            nearest = known[np.searchsorted(known, found).clip(max=len(known) - 1)]
+            places = np.flatnonzero(nearest == found)
             if len(places) and not shared:
                 first = excerpt(words[places[0] : places[0] + size])
             shared += len(places)
         return Verdict("words in common with a held-out text", shared, first) if shared else Verdict()
 
 
-def hashes(words: Sequence[str], size: int) -> NDArray[np.uint64]:
-    """A hash of each run of so many words: Σ hash(word i) · factor^i, modulo 2^64."""
-    if len(words) < size:
-        return np.empty(0, np.uint64)
-    values = np.array([_hash(word) for word in words], dtype=np.uint64)
-    powers = np.array([pow(_FACTOR, at, 1 << 64) for at in range(size)], dtype=np.uint64)
-    return np.lib.stride_tricks.sliding_window_view(values, size) @ powers
+def word_hashes(words: Sequence[str]) -> NDArray[np.uint64]:
+    """A hash of each word."""
+    return np.fromiter(map(_hash, words), np.uint64, len(words))
+
+
+def run_hashes(words: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
+    """A hash of each run of n words, by the words' hashes: Σ hash(word i) · factor^(n − i), modulo 2^64."""
+    runs = max(0, len(words) - size + 1)
+    found = np.zeros(runs, np.uint64)
+    for at in range(size):
+        found = (found + words[at : at + runs]) * _FACTOR
+    return found
 
 
 @lru_cache(1 << 16)
@@ -99,7 +107,7 @@ def _runs(
                     short += 0 < len(words) < least
                     if len(words) >= least:
                         size = min(most, len(words))
-                        found.setdefault(size, []).append(hashes(words, size))
+                        found.setdefault(size, []).append(run_hashes(word_hashes(words), size))
     if not found:
         raise SFTError(
             f"no held-out text has {least} words or more, so there is nothing to look for",

@@ -7,9 +7,9 @@ table A1.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import compress
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 from lightning_sft import Conversation, Filter, Segments, SFTError, Verdict
 from lightning_sft_filters.parts import Part, at_least, text_of
@@ -93,14 +93,16 @@ class Repetition(Filter):
             yield f"of the {name}s repeated", len(again) / len(filled), most
             yield f"of the characters in repeated {name}s", _length(again) / _length(filled), most_characters
         words = text.split()
+        grams = repeated_ngrams(words, max([*self.top_ngrams, *self.repeated_ngrams], default=0))
         for n, most in self.top_ngrams.items():
-            yield f"of the characters in one {n}-gram", _length(in_top(words, n)) / _length(words), most
-        for n, most in self.repeated_ngrams.items():
             yield (
-                f"of the characters in repeated {n}-grams",
-                _length(in_repeated(words, n)) / _length(words),
+                f"of the characters in one {n}-gram",
+                _length(in_top(words, n, grams[n])) / _length(words),
                 most,
             )
+        for n, most in self.repeated_ngrams.items():
+            inside = covered(words, n, chain.from_iterable(grams[n].values()))
+            yield f"of the characters in repeated {n}-grams", _length(inside) / _length(words), most
 
 
 def repeated(pieces: Sequence[str]) -> list[str]:
@@ -108,34 +110,32 @@ def repeated(pieces: Sequence[str]) -> list[str]:
     return [piece for piece, count in Counter(pieces).items() for _ in range(count - 1)]
 
 
-def in_top(words: Sequence[str], n: int) -> list[str]:
-    """The words in the occurrences of the most frequent n-gram, if it occurs twice; the longest of several."""
-    counts = Counter(_grams(words, n))
-    if max(counts.values(), default=0) < 2:
-        return []
-    top = max(counts, key=lambda gram: (counts[gram], _length(gram)))
-    return _covered(words, n, lambda gram: gram == top)
+def repeated_ngrams(words: Sequence[str], longest: int) -> dict[int, dict[tuple[str, ...], list[int]]]:
+    """By n, from 1 to the longest: each n-gram that occurs more than once, with its places.
+
+    What begins a repeated n-gram begins a repeated (n − 1)-gram, so with each n fewer places are looked at.
+    """
+    found = {}
+    places: Iterable[int] = range(len(words))
+    for n in range(1, longest + 1):
+        where: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+        for at in places:
+            if at + n <= len(words):
+                where[tuple(words[at : at + n])].append(at)
+        found[n] = {gram: starts for gram, starts in where.items() if len(starts) > 1}
+        places = sorted(chain.from_iterable(found[n].values()))
+    return found
 
 
-def in_repeated(words: Sequence[str], n: int) -> list[str]:
-    """The words in all n-grams that occur more than once."""
-    counts = Counter(_grams(words, n))
-    if max(counts.values(), default=0) < 2:
-        return []
-    return _covered(words, n, lambda gram: counts[gram] > 1)
+def in_top(words: Sequence[str], n: int, grams: Mapping[tuple[str, ...], Sequence[int]]) -> list[str]:
+    """The words in the most frequent n-gram, the longest of several."""
+    top = max(grams, key=lambda gram: (len(grams[gram]), _length(gram)), default=())
+    return covered(words, n, grams.get(top, ()))
 
 
-def _grams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
-    return zip(*(words[at:] for at in range(n)), strict=False)
-
-
-def _covered(words: Sequence[str], n: int, chosen: Callable[[tuple[str, ...]], bool]) -> list[str]:
-    """The words in chosen n-grams, each once, however many of these it is in."""
-    inside = [False] * len(words)
-    for at, gram in enumerate(_grams(words, n)):
-        if chosen(gram):
-            inside[at : at + n] = [True] * n
-    return list(compress(words, inside))
+def covered(words: Sequence[str], n: int, starts: Iterable[int]) -> list[str]:
+    """The words in the n-grams at these places, each once, however many of these it is in."""
+    return [words[at] for at in sorted({start + more for start in starts for more in range(n)})]
 
 
 def _length(texts: Sequence[str]) -> int:

@@ -208,6 +208,21 @@ def test_a_filter_sees_what_those_before_it_have_kept(tmp_path, renderer):
     ]  # fmt: skip
 
 
+class Fragile(Filter):
+    """Fails at answers with b."""
+
+    def judge(self, conversation):
+        assert "b" not in answer(conversation)
+        return Verdict()
+
+
+def test_a_filter_is_not_asked_about_what_one_before_it_has_dropped(tmp_path, renderer):
+    source = write(tmp_path / "rows.jsonl", [["ab"], ["a"]])
+    assert len(made([source], renderer, [Without("b"), Fragile()]).examples) == 1
+    with pytest.raises(SFTError, match="Fragile failed: AssertionError"):
+        made([source], renderer, [Fragile(), Without("b")])
+
+
 def test_all_sources_are_one_set_and_each_has_its_account(tmp_path, renderer):
     sources = [write(tmp_path / name, [["a"], ["b"]]) for name in ("one.jsonl", "two.jsonl")]
     prepared = made(sources, renderer, [Often()])

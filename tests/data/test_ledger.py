@@ -55,6 +55,7 @@ def test_an_account_that_adds_up_passes():
         ({"dropped": {"x": Loss(1, 150, 100)}}, "examples don't"),
         ({"examples": 8}, "examples don't"),
         ({"rendered": 8, "examples": 8}, "examples don't"),
+        ({"conversations": 10, "filtered": {}}, "examples don't"),
         ({"rows_without_conversation": 0}, "rows don't"),
     ],
     ids=str,
@@ -139,6 +140,23 @@ def test_columns_that_tell_nothing_are_left_out():
     assert "dered" not in text
     assert "all" not in text
     assert "dered" in ledger_table({"train": [replace(plain, rendered=2)]}, 80)
+
+
+FILTERED = {"Length": {"fewer than 3 words in the response": 2}, "Duplicates": {"the same prompt": 1000}}
+
+
+def test_what_is_filtered_needs_no_rendering_and_has_a_column_and_lines():
+    ledger = replace(account(), conversations=1011, filtered=FILTERED)
+    ledger.check()
+    with pytest.raises(AssertionError, match="examples don't"):
+        replace(ledger, conversations=1012).check()
+    lines = ledger_table({"train": [ledger]}, 100).splitlines()
+    assert "fil-" in lines[0].split()
+    assert lines[-1].split()[2:6] == ["10", "1,011", "1,002", "1"]
+    assert list(ledger_lines(ledger))[1:3] == [
+        "filtered 2 conversations (Length): fewer than 3 words in the response",
+        "filtered 1,000 conversations (Duplicates): the same prompt",
+    ]
 
 
 def test_every_reason_has_its_line():

@@ -6,7 +6,7 @@ import random
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sft import Conversation, Message, Meta, Segments, SFTError, Verdict
@@ -26,6 +26,7 @@ def kept(filter, items) -> list[bool]:
 TEXTS = st.text("aAbß \n", min_size=1, max_size=3)
 
 
+@settings(deadline=None)
 @given(
     pairs=st.lists(st.tuples(TEXTS, TEXTS), max_size=12),
     part=st.sampled_from(["prompt", "response", "conversation"]),

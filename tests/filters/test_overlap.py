@@ -6,11 +6,11 @@ import json
 import pickle
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sft import Conversation, Message, SFTError
-from lightning_sft_filters.overlap import Overlap, hashes
+from lightning_sft_filters.overlap import Overlap, run_hashes, word_hashes
 from lightning_sft_filters.parts import words_of
 
 ITEM = "A ball is thrown straight up into the air; how long until it comes down again?"  # 16 words
@@ -32,6 +32,7 @@ def held_out(tmp_path):
 WORDS = st.lists(st.sampled_from(["a", "b", "c"]), max_size=12)
 
 
+@settings(deadline=None)
 @given(
     texts=st.lists(WORDS, min_size=1, max_size=3),
     answer=WORDS,
@@ -94,8 +95,8 @@ def test_words_are_cut_at_whitespace_without_signs():
 
 def test_runs_with_the_same_words_in_another_order_have_other_hashes():
     orders = [["a", "b", "c"], ["c", "b", "a"], ["b", "a", "c"], ["a", "a", "b"]]
-    assert len({int(hashes(words, 3)[0]) for words in orders}) == 4
-    assert len(hashes(["a", "b"], 3)) == 0
+    assert len({int(run_hashes(word_hashes(words), 3)[0]) for words in orders}) == 4
+    assert len(run_hashes(word_hashes(["a", "b"]), 3)) == 0
 
 
 def test_it_pickles_to_what_its_texts_take(held_out):

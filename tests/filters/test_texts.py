@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sft import Conversation, Message, Segments, SFTError, Verdict
 from lightning_sft_filters.pattern import Pattern
 from lightning_sft_filters.refusals import OURS, Refusals, read_phrases
-from lightning_sft_filters.repetition import REPEATED, TOP, Repetition, in_repeated, in_top, repeated
+from lightning_sft_filters.repetition import (
+    REPEATED,
+    TOP,
+    Repetition,
+    covered,
+    in_top,
+    repeated,
+    repeated_ngrams,
+)
 
 
 def said(*answers: str) -> Conversation:
@@ -130,6 +138,7 @@ def test_a_share_is_what_is_counted_by_hand(text, option, share, reason):
     assert verdict.score == pytest.approx(share)
 
 
+@settings(deadline=None)
 @given(words=st.lists(st.sampled_from(["a", "bb", "ccc"]), max_size=14), n=st.integers(1, 4))
 def test_ngrams_are_those_that_are_found_by_looking_everywhere(words, n):
     grams = [words[at : at + n] for at in range(len(words) - n + 1)]
@@ -138,8 +147,11 @@ def test_ngrams_are_those_that_are_found_by_looking_everywhere(words, n):
         any(often[at] > 1 for at in range(max(0, place - n + 1), min(place + 1, len(grams))))
         for place in range(len(words))
     ]
-    assert in_repeated(words, n) == [word for word, each in zip(words, inside, strict=True) if each]
-    top = in_top(words, n)
+    found = repeated_ngrams(words, n)[n]
+    places = [at for starts in found.values() for at in starts]
+    assert sorted(places) == [at for at, count in enumerate(often) if count > 1]
+    assert covered(words, n, places) == [word for word, each in zip(words, inside, strict=True) if each]
+    top = in_top(words, n, found)
     if max(often, default=0) < 2:
         assert top == []
         return
