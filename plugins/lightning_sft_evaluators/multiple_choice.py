@@ -128,7 +128,6 @@ class MultipleChoice(Evaluator):
             choices[right[0]],
             {"choices": choices, "right": right},
             text=self.declared.text_of(row, self._shot(row)[0]),
-            answer=choices[right[0]],
         )
 
     def _shot(self, row: Row) -> Shot:
