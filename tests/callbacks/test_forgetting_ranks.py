@@ -32,7 +32,9 @@ def probes(prompts: str) -> list[dict]:
         {"class_path": "FormatProbe", "init_args": {"path": prompts, **few}},
         {
             "class_path": "EvaluateDuringFit",
-            "init_args": {"evaluators": [{"class_path": "Perplexity", "init_args": {"path": "tiny:general"}}], "items": 4},
+            "init_args": {
+                "evaluators": [{"class_path": "Perplexity", "init_args": {"path": "tiny:general"}}], "items": 4
+            },
         },
     ]  # fmt: skip
 
