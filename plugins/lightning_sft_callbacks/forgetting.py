@@ -148,6 +148,15 @@ class ForgettingProbe(Probe):
             self.begin(trainer, module)
         return super().latest(trainer, module)
 
+    def finish(self, trainer: Trainer, module: SFTModule) -> None:
+        """Measure what came out, and say so if the start and the end alone have taken more time than `cost`."""
+        super().finish(trainer, module)
+        if self.is_auto and self.share_of_time > self.cost and trainer.is_global_zero:
+            print(
+                f"ForgettingProbe took {self.share_of_time:.1%} of the time, more than cost ({self.cost:.0%}): the run "
+                "is short for so much text; give the domains a limit, or fewer task_examples"
+            )
+
     def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
         """The record of the model as it is now."""
         assert self.baseline is not None

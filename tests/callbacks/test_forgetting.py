@@ -193,7 +193,9 @@ def test_a_text_longer_than_the_context_is_measured_in_windows(files, model_fold
     assert callback.baseline.measured["long"].sizes == (len(ids) - windows,)
 
 
-def test_the_progress_bar_shows_the_retention_and_the_file_the_share_of_time(files, model_folder, tmp_path):
+def test_the_progress_bar_shows_the_retention_and_the_file_the_share_of_time(
+    files, model_folder, tmp_path, capsys
+):
     from lightning_sft.training.progress import Progress
 
     callback = probe(files, every_n_steps=1)
@@ -203,6 +205,10 @@ def test_the_progress_bar_shows_the_retention_and_the_file_the_share_of_time(fil
     written = json.loads((tmp_path / "run" / "forgetting.json").read_text())
     assert 0 < written["share_of_time"] < 1
     assert written["share_of_time"] == pytest.approx(callback.seconds / callback.elapsed, abs=1e-4)
+    assert "more than cost" not in capsys.readouterr().out
+    short = probe(files, every_n_steps=None, cost=1e-6)
+    train(model_folder("llama"), files, tmp_path / "short", short, steps=1)
+    assert "more than cost (0%): the run is short" in capsys.readouterr().out
     again = probe(files)
     again.load_state_dict(callback.state_dict())
     assert (again.seconds, again.elapsed) == (callback.seconds, callback.elapsed)
