@@ -70,6 +70,8 @@ class Progress(RichProgressBar):
         values |= {
             name: float(trainer.callback_metrics[name]) for name in _SHORT if name in trainer.callback_metrics
         }
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            values |= getattr(callback, "in_progress_bar", {})
         for name, value in values.items():
             if name != "v_num":
                 metrics[_SHORT.get(name, name)] = (

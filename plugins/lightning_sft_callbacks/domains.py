@@ -105,6 +105,7 @@ class Loaded:
             found.update(example.input_ids.tobytes())
         for item in self.items:
             found.update(item.key.encode())
+        found.update(str(self.answers).encode())
         return found.hexdigest()[:16]
 
 

@@ -41,13 +41,15 @@ class DriftProbe(Probe):
 
     def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
         """The record of the model as it is now."""
+        from peft.utils.integrations import dequantize_module_weight
+
         moved: dict[str, float] = defaultdict(float)
         base: dict[str, float] = defaultdict(float)
         layers = {
             name: layer for name, layer in module.loaded.named_modules() if hasattr(layer, "get_delta_weight")
         }
         for name, layer in layers.items():
-            weight = layer.get_base_layer().weight
+            weight = dequantize_module_weight(layer.get_base_layer())
             for adapter in layer.active_adapters:
                 moved[_group(name)] += _squares(layer.get_delta_weight(adapter))
             base[_group(name)] += _squares(weight)

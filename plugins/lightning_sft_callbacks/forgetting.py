@@ -93,7 +93,6 @@ class ForgettingProbe(Probe):
         """Passages of the domains that are trained on; known to rank 0."""
         self._loaded: list[Loaded] = []
         self._saved: dict[str, Any] = {}
-        self._began = time.monotonic()
 
     @property
     def weights(self) -> dict[str, float]:
@@ -108,13 +107,15 @@ class ForgettingProbe(Probe):
         """
         if self._loaded:
             return  # another callback has asked before
+        self.count_time()
+        began = time.monotonic()
         self._loaded = [asked.load(domain, module) for domain in self.domains]
         _refuse_trained(self._loaded, module)
         self._warn_of_overlaps(trainer, module)
         if self.is_auto:
             self.every_n_steps = self._interval(module)
-        self._began = time.monotonic()
         self._find_baseline(trainer, module)
+        self.seconds += time.monotonic() - began
         super().begin(trainer, module)
 
     def _warn_of_overlaps(self, trainer: Trainer, module: SFTModule) -> None:
@@ -146,6 +147,15 @@ class ForgettingProbe(Probe):
         if not self._loaded:
             self.begin(trainer, module)
         return super().latest(trainer, module)
+
+    def finish(self, trainer: Trainer, module: SFTModule) -> None:
+        """Measure what came out, and say so if the start and the end alone have taken more time than `cost`."""
+        super().finish(trainer, module)
+        if self.is_auto and self.share_of_time > self.cost and trainer.is_global_zero:
+            print(
+                f"ForgettingProbe took {self.share_of_time:.1%} of the time, more than cost ({self.cost:.0%}): the run "
+                "is short for so much text; give the domains a limit, or fewer task_examples"
+            )
 
     def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
         """The record of the model as it is now."""
@@ -180,6 +190,8 @@ class ForgettingProbe(Probe):
         }
         for name, (low, high) in deltas.items():
             record["domains"][name]["delta_ce_interval"] = [low, high]
+        label = "retention" if self.name is None else f"retention {self.name}"
+        self.in_progress_bar = {label: record["retention"]}
         if task is not None and self.task_before:
             record["task_loss"] = task
             record["gain"] = 1 - task / self.task_before
@@ -265,7 +277,7 @@ class ForgettingProbe(Probe):
         for name, values in record["domains"].items():
             found |= {f"{name}/{key}": value for key, value in values.items() if not isinstance(value, list)}
         if record["step"]:
-            found["share_of_time"] = self.seconds / max(1e-9, time.monotonic() - self._began)
+            found["share_of_time"] = self.share_of_time
         return found
 
     def told(self, record: dict[str, Any]) -> str:
@@ -286,6 +298,7 @@ class ForgettingProbe(Probe):
             "weights": self.weights,
             "strictness": self.strictness,
             "seconds": round(self.seconds, 3),
+            "share_of_time": round(self.share_of_time, 4),
             "overlaps": [
                 {
                     "domain": each.passage.domain,

@@ -53,6 +53,11 @@ class Probe(Callback):
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0
         """Time spent on measuring, of this process."""
+        self.in_progress_bar: dict[str, float] = {}
+        """What the progress bar shows of the last record."""
+        self.elapsed = 0.0
+        """Time of the training up to the last measurement, of this process and those that were killed before."""
+        self._counted_at: float | None = None
 
     @property
     def state_key(self) -> str:
@@ -71,6 +76,11 @@ class Probe(Callback):
         """A line for the terminal about the record; None says nothing."""
         return None
 
+    @property
+    def share_of_time(self) -> float:
+        """The part of the training's time that measuring has taken, up to the last measurement."""
+        return self.seconds / self.elapsed if self.elapsed else 0.0
+
     # ------------------------------------------------------------------------------------------- when
 
     def is_due(self, step: int) -> bool:
@@ -85,6 +95,7 @@ class Probe(Callback):
             self.history.append({"step": trainer.global_step, **self.measure(trainer, module)})
             module.throughput.resume()
             self.seconds += time.monotonic() - began
+            self.count_time()
             self._write(trainer)
         return self.history[-1]
 
@@ -99,12 +110,19 @@ class Probe(Callback):
         if self.is_due(trainer.global_step):
             self.latest(trainer, module)
 
+    def count_time(self) -> None:
+        """Add the time since the last call to what has passed; the first call starts the clock."""
+        now = time.monotonic()
+        self.elapsed += now - self._counted_at if self._counted_at is not None else 0.0
+        self._counted_at = now
+
     def finish(self, trainer: Trainer, module: SFTModule) -> None:
         """Measure what came out."""
         self.latest(trainer, module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin."""
+        self.count_time()
         self.begin(trainer, cast("SFTModule", pl_module))
 
     def on_train_batch_end(
@@ -142,9 +160,10 @@ class Probe(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What survives a kill: JSON types only."""
-        return {"history": self.history, "seconds": self.seconds}
+        return {"history": self.history, "seconds": self.seconds, "elapsed": self.elapsed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.history = list(state_dict["history"])
         self.seconds = state_dict["seconds"]
+        self.elapsed = state_dict["elapsed"]

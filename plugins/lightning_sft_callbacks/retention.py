@@ -44,12 +44,12 @@ def cross_entropy(measured: Measured) -> float:
     return sum(measured.losses) / sum(measured.sizes)
 
 
-def change(before: Measured, now: Measured) -> dict[str, float]:
-    """What changed in a domain, by name; the keys depend on what the domain is."""
-    found: dict[str, float] = {}
+def change(before: Measured, now: Measured) -> dict[str, float | list[int]]:
+    """What changed in a domain, by name; the keys depend on what the domain is. `lost` and `gained` are questions."""
+    found: dict[str, float | list[int]] = {}
     if now.losses:
         found["ce"] = cross_entropy(now)
-        found["delta_ce"] = found["ce"] - cross_entropy(before)
+        found["delta_ce"] = cross_entropy(now) - cross_entropy(before)
     if now.bytes:
         found["delta_bpb"] = (sum(now.losses) - sum(before.losses)) / (sum(now.bytes) * math.log(2))
     if now.kl:
@@ -59,8 +59,10 @@ def change(before: Measured, now: Measured) -> dict[str, float]:
         found["accuracy"] = accuracy
         found["delta_accuracy"] = accuracy - _share(before.right)
         found["above_chance"] = (accuracy - now.chance) / (1 - now.chance)
-        found["f10"] = sum(a and not b for a, b in zip(before.right, now.right, strict=True)) / n
-        found["b01"] = sum(b and not a for a, b in zip(before.right, now.right, strict=True)) / n
+        flips = list(enumerate(zip(before.right, now.right, strict=True)))
+        lost = [item for item, (was, still) in flips if was and not still]
+        gained = [item for item, (was, still) in flips if still and not was]
+        found |= {"f10": len(lost) / n, "b01": len(gained) / n, "lost": lost, "gained": gained}
     if now.score is not None:
         found["score"] = now.score
         found["delta_score"] = now.score - (before.score or 0.0)

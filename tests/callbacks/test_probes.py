@@ -174,6 +174,26 @@ def test_drift_of_an_adapter_is_what_it_adds(train, model_folder):
     assert probe.history[-1]["layers"]["layer_0"] == pytest.approx(math.sqrt(moved / base), rel=1e-4)
 
 
+def test_drift_beside_a_quantised_base_is_measured_on_its_real_weights(train, model_folder):
+    pytest.importorskip("bitsandbytes")
+    from lightning_sft_adapters.qlora import QLoRA
+
+    probe = DriftProbe()
+    module = train(probe, adapter=QLoRA(r=4, alpha=8), steps=3)
+    tensors = load_file(model_folder("llama") / "model.safetensors")
+    base = sum(
+        float(tensor.double().square().sum()) for name, tensor in tensors.items()
+        if name.startswith("model.layers.0.") and name.endswith("proj.weight")
+    )  # fmt: skip
+    moved = sum(
+        float(layer.get_delta_weight("default").detach().double().square().sum())
+        for name, layer in module.loaded.named_modules()
+        if ".layers.0." in name and hasattr(layer, "get_delta_weight")
+    )
+    # quantising to 4 bits moves the norm by a few per cent
+    assert probe.history[-1]["layers"]["layer_0"] == pytest.approx(math.sqrt(moved / base), rel=0.05)
+
+
 # -------------------------------------------------------------------------------------------- generations
 
 

@@ -37,6 +37,7 @@ def test_what_changed_in_a_text():
 
 def test_what_changed_in_questions():
     found = change(ASKED_0, ASKED_1)
+    assert (found.pop("lost"), found.pop("gained")) == ([1], [3])
     assert found == pytest.approx(
         {
             "ce": 3.6 / 4, "delta_ce": -1.7 / 4, "accuracy": 0.5, "delta_accuracy": 0.0, "above_chance": 0.25 / 0.75,
