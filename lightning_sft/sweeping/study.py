@@ -124,8 +124,10 @@ class Study:
             if timeout is not None and time.monotonic() - began >= timeout:
                 print(f"{timeout:g} seconds are over: no other trial begins")
                 return
-            error = self._next(wanted)
-            results.write(self.folder, self.trials(), self.plan.metric, self.plan.mode)
+            try:
+                error = self._next(wanted)
+            finally:
+                results.write(self.folder, self.trials(), self.plan.metric, self.plan.mode)
             failures = failures + 1 if error else 0
             if failures == _HOPELESS and results.best_of(self.trials(), self.plan.mode) is None:
                 raise SFTError(

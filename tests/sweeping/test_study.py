@@ -181,6 +181,7 @@ def test_a_metric_that_no_run_logs_ends_the_sweep_at_once(tmp_path):
         found.run(9, None)
     assert "train/loss, validation/loss" in caught.value.fix
     assert [trial.state for trial in found.trials()] == ["failed"]
+    assert len(json.loads((tmp_path / "s" / "results.json").read_text())["trials"]) == 1
 
 
 # ------------------------------------------------------------------------------------------------ results

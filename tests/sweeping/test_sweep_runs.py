@@ -53,7 +53,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def finish(folder: Path, *arguments: str, status: int = 0) -> str:
     process = start(folder, *arguments)
-    out, _ = process.communicate(timeout=600)
+    out, _ = process.communicate()
     assert process.returncode == status, out
     return out
 
