@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lightning_sft import Adapter, RateGroup, SFTError
+from lightning_sft_adapters import heavy
 from lightning_sft_adapters.depth import check_rates, depths, rate_groups
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class Freeze(Adapter):
@@ -51,7 +48,7 @@ class Freeze(Adapter):
         self.unfreeze_every = unfreeze_every
         self._groups: dict[str, RateGroup] = {}
 
-    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+    def prepare(self, model: heavy.PreTrainedModel) -> heavy.PreTrainedModel:
         """The model itself, with the chosen parameters trained.
 
         Raises:
@@ -73,11 +70,11 @@ class Freeze(Adapter):
         """By depth, if rates or starts differ."""
         return self._groups.get(name, RateGroup())
 
-    def export(self, model: PreTrainedModel, folder: Path) -> None:
+    def export(self, model: heavy.PreTrainedModel, folder: Path) -> None:
         """Write the whole model, as `AutoModelForCausalLM.from_pretrained` loads it."""
         model.save_pretrained(folder)
 
-    def _chosen(self, model: PreTrainedModel) -> set[str]:
+    def _chosen(self, model: heavy.PreTrainedModel) -> set[str]:
         names = [name for name, _ in model.named_parameters()]
         chosen = _named(self.train, names, "train")
         if self.layers:

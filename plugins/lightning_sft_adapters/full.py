@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lightning_sft import Adapter, RateGroup
+from lightning_sft_adapters import heavy
 from lightning_sft_adapters.depth import check_rates, rate_groups
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class Full(Adapter):
@@ -28,7 +25,7 @@ class Full(Adapter):
         self.unfreeze_every = unfreeze_every
         self._groups: dict[str, RateGroup] = {}
 
-    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+    def prepare(self, model: heavy.PreTrainedModel) -> heavy.PreTrainedModel:
         """The model itself, with all parameters trained."""
         model.requires_grad_(True)
         self._groups = rate_groups(model, self.layer_decay, self.unfreeze_every)
@@ -38,6 +35,6 @@ class Full(Adapter):
         """By depth, if rates or starts differ."""
         return self._groups.get(name, RateGroup())
 
-    def export(self, model: PreTrainedModel, folder: Path) -> None:
+    def export(self, model: heavy.PreTrainedModel, folder: Path) -> None:
         """Write the model, as `AutoModelForCausalLM.from_pretrained` loads it."""
         model.save_pretrained(folder)

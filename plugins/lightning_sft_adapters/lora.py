@@ -6,15 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lightning_sft import RateGroup, SFTError
+from lightning_sft_adapters import heavy
 from lightning_sft_adapters.peft_adapter import PeftAdapter
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
 _INITS: dict[str, Any] = {"default": True, "pissa_fast": "pissa_niter_16"}
 _MOVES_BASE = ("olora", "pissa", "pissa_fast")
@@ -99,11 +95,11 @@ class LoRA(PeftAdapter):
         self.init_from = init_from
         self.beside = beside
         self.looks_at_rows = init == "eva"
-        self._initial: dict[str, Tensor] = {}
+        self._initial: dict[str, heavy.Tensor] = {}
         self._fast: set[str] = set()
         self._check()
 
-    def config(self, model: PreTrainedModel) -> PeftConfig:
+    def config(self, model: heavy.PreTrainedModel) -> heavy.PeftConfig:
         """The configuration that peft makes of these options."""
         from peft import EvaConfig, LoraConfig
 
@@ -136,7 +132,7 @@ class LoRA(PeftAdapter):
             **{name: value for name, value in optional.items() if value is not None},
         )
 
-    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+    def prepare(self, model: heavy.PreTrainedModel) -> heavy.PreTrainedModel:
         """The model with adapters in its linear layers; only they are trained.
 
         Raises:
@@ -164,16 +160,16 @@ class LoRA(PeftAdapter):
         return adapted
 
     def initialize(
-        self, model: PreTrainedModel, batches: Iterable[Any], forward: Callable[[Any], None]
+        self, model: heavy.PreTrainedModel, batches: Iterable[Any], forward: Callable[[Any], None]
     ) -> None:
         """Take A from the activations (EVA): their first right singular vectors. All ranks see those of all."""
         from peft import initialize_lora_eva_weights
 
-        def mask(batch: Any, config: object) -> Tensor | None:
+        def mask(batch: Any, config: object) -> heavy.Tensor | None:
             return None if batch.attention_mask is None else batch.attention_mask.bool()
 
-        def seen(given: Any, mask: Tensor | None, name: str) -> Tensor:
-            states: Tensor = given[0] if isinstance(given, tuple) else given
+        def seen(given: Any, mask: heavy.Tensor | None, name: str) -> heavy.Tensor:
+            states: heavy.Tensor = given[0] if isinstance(given, tuple) else given
             return states.flatten(0, -2) if mask is None else states[mask]
 
         with self.refusing():
@@ -192,7 +188,7 @@ class LoRA(PeftAdapter):
             return RateGroup()
         return RateGroup("B", scale=self.loraplus_ratio) if name in self._fast else RateGroup("A")
 
-    def _token_rows(self, model: PreTrainedModel) -> list[int] | dict[str, list[int]] | None:
+    def _token_rows(self, model: heavy.PreTrainedModel) -> list[int] | dict[str, list[int]] | None:
         """The rows to train, those of new tokens among them."""
         given, rows = self.trainable_tokens, self._new_rows(model)
         if rows is None or not given:
@@ -203,7 +199,7 @@ class LoRA(PeftAdapter):
             rows[key] = sorted({*rows.get(key, []), *ids})
         return rows
 
-    def _new_rows(self, model: PreTrainedModel) -> dict[str, list[int]] | None:
+    def _new_rows(self, model: heavy.PreTrainedModel) -> dict[str, list[int]] | None:
         """The rows of new tokens, by the name of each embedding that isn't trained in full; of tied ones the first.
 
         Raises:
@@ -224,7 +220,7 @@ class LoRA(PeftAdapter):
             )
         return rows or None
 
-    def export(self, model: PreTrainedModel, folder: Path) -> None:
+    def export(self, model: heavy.PreTrainedModel, folder: Path) -> None:
         """Write the adapter, as `PeftModel.from_pretrained` loads it.
 
         Where a part was taken out of the base's weights, it becomes an adapter of twice the rank for the whole base.
@@ -246,7 +242,7 @@ class LoRA(PeftAdapter):
             model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(initial))
 
     @contextmanager
-    def base_model(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    def base_model(self, model: heavy.PreTrainedModel) -> Iterator[heavy.PreTrainedModel]:
         """The model with its adapters switched off, or as they were at first where they are a part of the base."""
         if self._initial:
             with self._begun_anew(model):
@@ -256,7 +252,7 @@ class LoRA(PeftAdapter):
                 yield model
 
     @contextmanager
-    def _begun_anew(self, model: PreTrainedModel) -> Iterator[None]:
+    def _begun_anew(self, model: heavy.PreTrainedModel) -> Iterator[None]:
         parameters = dict(model.named_parameters())
         now = {name: parameters[name].detach().clone() for name in self._initial}
         try:
@@ -295,7 +291,7 @@ class LoRA(PeftAdapter):
             )
 
 
-def _linear_layers(model: PreTrainedModel) -> list[str]:
+def _linear_layers(model: heavy.PreTrainedModel) -> list[str]:
     """The last parts of the names of all linear layers but the output embedding, as peft's `all-linear` has them."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D

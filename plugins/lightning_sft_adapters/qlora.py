@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lightning_sft import SFTError
+from lightning_sft_adapters import heavy
 from lightning_sft_adapters.lora import LoRA
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class QLoRA(LoRA):
@@ -59,7 +57,7 @@ class QLoRA(LoRA):
             bnb_4bit_quant_storage=self.compute_dtype,
         )
 
-    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+    def prepare(self, model: heavy.PreTrainedModel) -> heavy.PreTrainedModel:
         """The quantised model with adapters; norms, embeddings and head are float32, as peft prepares them.
 
         Raises:
