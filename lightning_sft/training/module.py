@@ -38,8 +38,8 @@ from lightning_sft.training.without_weights import WithoutWeights
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    import transformers  # by itself: jsonargparse runs this block, and the class takes a second to import
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
-    from transformers import PreTrainedModel
 
     from lightning_sft.data.batch import Batch
     from lightning_sft.data.datamodule import SFTDataModule
@@ -142,7 +142,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         self.compiled = compile
         self.silenced_advice = silenced_advice
         _check_options(self)
-        self.model: PreTrainedModel | None = None
+        self.model: transformers.PreTrainedModel | None = None
         self.restored = False
         self.metrics = nn.ModuleDict(
             {
@@ -173,7 +173,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         return cast("SFTDataModule", vars(self.trainer)["datamodule"])
 
     @property
-    def loaded(self) -> PreTrainedModel:
+    def loaded(self) -> transformers.PreTrainedModel:
         """The model, with its adapter.
 
         Raises:
@@ -204,7 +204,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         self.frozen = frozen_digest(self)
         shard(self)
 
-    def assemble(self, model: PreTrainedModel) -> None:
+    def assemble(self, model: transformers.PreTrainedModel) -> None:
         """Put the adapter into the base, and set what is trained and recomputed.
 
         Raises:
