@@ -60,7 +60,7 @@ _HOME = {
     "read_rows": "lightning_sft.data.sources",
     "text_losses": "lightning_sft.evaluation.divergence",
     "turns": "lightning_sft.conversation",
-    "whole": "lightning_sft.training.shards",
+    "full_tensor": "lightning_sft.training.shards",
 }
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ if TYPE_CHECKING:
     from lightning_sft.rendering import Renderer, RenderPolicies
     from lightning_sft.row_template import RowExpression, RowTemplate
     from lightning_sft.training.module import SFTModule
-    from lightning_sft.training.shards import whole
+    from lightning_sft.training.shards import full_tensor
 
 __all__ = [
     "ANSWER_FORMATS",
@@ -156,13 +156,13 @@ __all__ = [
     "TokenBatch",
     "ToolCall",
     "Verdict",
+    "full_tensor",
     "is_valid_format",
     "read_conversations",
     "read_rows",
     "scores_by_task",
     "text_losses",
     "turns",
-    "whole",
 ]
 
 

@@ -28,7 +28,7 @@ from lightning_sft.errors import SFTError
 from lightning_sft.training.compiling import blocks_of
 from lightning_sft.training.layout import causal_lm
 from lightning_sft.training.models import load_checkpoint
-from lightning_sft.training.shards import local, whole
+from lightning_sft.training.shards import full_tensor, local
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -251,7 +251,7 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def _whole_on_rank_zero(tensor: DTensor, *, rank: int) -> Tensor | None:
-    full = whole(tensor.to(tensor.device_mesh.device_type))
+    full = full_tensor(tensor.to(tensor.device_mesh.device_type))
     return full.cpu() if rank == 0 else None
 
 

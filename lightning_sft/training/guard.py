@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from lightning_sft.conversation import Meta
 from lightning_sft.errors import SFTError
 from lightning_sft.training import memory
-from lightning_sft.training.shards import whole
+from lightning_sft.training.shards import full_tensor
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -106,7 +106,7 @@ class Watch:
         if scaler is None:
             # Clipping needs the same norm: it is computed once.
             shared = _clips_whole_norm(trainer)
-            norm = whole(torch.nn.utils.get_total_norm(gradients, 2.0 if shared else float("inf")))
+            norm = full_tensor(torch.nn.utils.get_total_norm(gradients, 2.0 if shared else float("inf")))
             bad = bad | ~norm.isfinite()
             self._norm = norm if shared else None
         if trainer.world_size > 1:
@@ -251,9 +251,9 @@ def refuse_bad_weights(module: LightningModule) -> None:
         SFTError: A parameter that is trained holds NaN or an infinite value.
     """
     trained = [p.detach() for p in module.parameters() if p.requires_grad]
-    if not whole(torch.nn.utils.get_total_norm(trained, float("inf"))).isfinite():
+    if not full_tensor(torch.nn.utils.get_total_norm(trained, float("inf"))).isfinite():
         parameters = [(n, p.detach()) for n, p in module.named_parameters() if p.requires_grad]
-        names = [n for n, p in parameters if not whole(p).isfinite().all()]
+        names = [n for n, p in parameters if not full_tensor(p).isfinite().all()]
         raise SFTError(
             f"{len(names)} of the trained parameters hold NaN or infinite values, so they are not written "
             f"(the first: {names[0]})",

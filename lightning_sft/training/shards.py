@@ -12,6 +12,6 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor put together on all ranks, which have to take part; another one itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lightning_sft import SFTError, whole
+from lightning_sft import SFTError, full_tensor
 from lightning_sft_callbacks.probing import Probe
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class DriftProbe(Probe):
         if trainer.global_step == 0:
             kept = {}
             for name, tensor in own.items():
-                full = whole(tensor)
+                full = full_tensor(tensor)
                 if trainer.is_global_zero:
                     kept[name] = full.cpu().contiguous().clone()
             if trainer.is_global_zero:
@@ -97,12 +97,12 @@ class DriftProbe(Probe):
         with safe_open(path, "pt") as file:
             for name, tensor in own.items():
                 before = file.get_tensor(name).double()
-                moved[_group(name)] += float((whole(tensor).cpu().double() - before).square().sum())
+                moved[_group(name)] += float((full_tensor(tensor).cpu().double() - before).square().sum())
                 base[_group(name)] += float(before.square().sum())
 
 
 def _squares(tensor: torch.Tensor) -> float:
-    return float(whole(tensor.detach()).double().square().sum())
+    return float(full_tensor(tensor.detach()).double().square().sum())
 
 
 def _group(name: str) -> str:

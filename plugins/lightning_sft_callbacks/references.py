@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lightning_sft import Predictions, whole
+from lightning_sft import Predictions, full_tensor
 from lightning_sft_callbacks.retention import Measured
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def key_of(module: SFTModule, domains: Sequence[Loaded], *, frozen_only: bool, k
     for name, parameter in sorted(module.loaded.named_parameters()):
         if frozen_only and parameter.requires_grad:
             continue
-        flat = whole(parameter.detach()).flatten()
+        flat = full_tensor(parameter.detach()).flatten()
         sample = flat[:: max(1, len(flat) // _SAMPLE)].cpu().double().numpy()
         found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         found.update(sample.tobytes())
