@@ -8,11 +8,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
+from subprocess import PIPE, STDOUT, Popen
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_sft import resume
@@ -31,7 +31,6 @@ Pruner = Literal["none", "median"]
 STUDY = "study.db"
 
 _HOPELESS = 3  # so many failures, and no success, end the sweep
-_PATIENCE = 60.0  # seconds that an interrupted trial has for its last checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,22 +225,25 @@ class Study:
             os.close(writer)
             assert process.stdin is not None
             try:
-                for line in lines:
-                    told = json.loads(line)
-                    if "value" not in told:
-                        cut, names = told["cut"], told["names"]
-                        continue
-                    answer = STOP if self._stops(trial, **told) else GO_ON
-                    with suppress(BrokenPipeError):
-                        process.stdin.write(answer)
-                        process.stdin.flush()
-                status = process.wait()
+                with _asked_to_end(process) as asked:
+                    for line in lines:
+                        told = json.loads(line)
+                        if "value" not in told:
+                            cut, names = told["cut"], told["names"]
+                            continue
+                        answer = STOP if self._stops(trial, **told) else GO_ON
+                        with suppress(BrokenPipeError):
+                            process.stdin.write(answer)
+                            process.stdin.flush()
+                    status = process.wait()
             except BaseException:
-                _end(process)
+                _kill(process)
                 raise
             finally:
                 with suppress(BrokenPipeError):
                     process.stdin.close()
+        if asked:
+            raise KeyboardInterrupt
         if status:
             raise SFTError(_last_words(log, before, status))
         return cut, names
@@ -268,14 +270,32 @@ def _state(name: str) -> optuna.trial.TrialState:
     return optuna.trial.TrialState[name]
 
 
-def _end(process: Popen[bytes]) -> None:
-    """Let an interrupted trial make its last checkpoint, then end it with all its processes."""
-    process.send_signal(signal.SIGTERM)
-    with suppress(TimeoutExpired):
-        process.wait(_PATIENCE)
+@contextmanager
+def _asked_to_end(process: Popen[bytes]) -> Iterator[list[int]]:
+    """Within this context an interrupt lets the trial make its last checkpoint and end; the second one kills it.
+
+    It isn't raised, so that no value is lost on the way to the study. Yields the signals that came.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if asked:
+            _kill(process)
+        elif process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        asked.append(number)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _kill(process: Popen[bytes]) -> None:
+    """End a trial with all its processes."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _last_words(log: Path, start: int, status: int) -> str:

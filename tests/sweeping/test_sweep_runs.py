@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,9 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "lightning_sft", "sweep", "--config", "my.yaml", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
 
 
 def finish(folder: Path, *arguments: str, status: int = 0) -> str:
@@ -73,18 +75,27 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 SEARCH = ("--search", "model.learning_rate=log_uniform(1e-4,1e-1)", "--search", "model.adapter.r=choice(4,8)")
 
 
+ARGUMENTS = (*SEARCH, "--trials", "3", "--metric", "forgetting/retention", "--mode", "max")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A sweep that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    config(folder, callbacks=("Slow",))
+    finish(folder, *ARGUMENTS)
+    return folder
+
+
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
-def test_a_sweep_that_ends_inside_a_trial_goes_on_inside_it(ending, tmp_path):
-    arguments = (*SEARCH, "--trials", "3", "--metric", "forgetting/retention", "--mode", "max")
-    for name in ("whole", "ended"):
-        config(tmp_path / name, callbacks=("Slow",))
-    finish(tmp_path / "whole", *arguments)
+def test_a_sweep_that_ends_inside_a_trial_goes_on_inside_it(ending, whole, tmp_path):
     ended = tmp_path / "ended"
-    process = start(ended, *arguments)
+    config(ended, callbacks=("Slow",))
+    process = start(ended, *ARGUMENTS)
     trial = ended / "sweeps/my/trials/001"
     wait_for(trial / "checkpoints/last.ckpt", process)
     process.send_signal(ending)
-    process.wait(timeout=60)
+    process.wait()
     assert process.returncode == (-9 if ending == signal.SIGKILL else 130)
     if ending == signal.SIGINT:
         assert "same command goes on" in process.communicate()[0]
@@ -94,19 +105,16 @@ def test_a_sweep_that_ends_inside_a_trial_goes_on_inside_it(ending, tmp_path):
         time.sleep(0.05)
     run_folder.unlock(trial)
     assert not (trial / "model").exists()
-    out = finish(ended, *arguments)
+    out = finish(ended, *ARGUMENTS)
     assert "Continuing sweeps/my after 1 trials" in out
     assert "Continuing sweeps/my/trials/001 after step" in (trial.parent / "001.log").read_text()
-    assert trials(ended) == trials(tmp_path / "whole")
+    assert trials(ended) == trials(whole)
     assert {each["state"] for each in trials(ended)} == {"complete"}
-    weights = [
-        folder / "sweeps/my/trials/001/model/adapter_model.safetensors"
-        for folder in (ended, tmp_path / "whole")
-    ]
+    weights = [folder / "sweeps/my/trials/001/model/adapter_model.safetensors" for folder in (ended, whole)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    again = finish(ended, *arguments)  # there is nothing left to do
+    again = finish(ended, *ARGUMENTS)  # there is nothing left to do
     assert "trial 2 (3 of 3)" not in again
-    assert trials(ended) == trials(tmp_path / "whole")
+    assert trials(ended) == trials(whole)
 
 
 def test_trials_that_fail_do_not_end_the_sweep_and_the_best_can_be_fitted(tmp_path):
