@@ -31,11 +31,11 @@ def main() -> None:
     """Measure and plan every case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", default="5m,30m,100m")
-    parser.add_argument("--adapters", default="Full,LoRA")
+    parser.add_argument("--adapters", default="Full,LoRA,QLoRA")
     parser.add_argument("--precisions", default="32-true,bf16-mixed")
     parser.add_argument("--checkpointing", default="false,true")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--one", choices=["train", "plan"], help=argparse.SUPPRESS)
     given, options = parser.parse_known_args()
@@ -46,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for size in given.sizes.split(","):
             base = Path(folder) / size
-            rows = workload.made_up(200)
+            rows = workload.made_up(64)
             workload.make_model(base / "model", rows, None, SIZES[size])
             (base / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             cases = product(

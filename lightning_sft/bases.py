@@ -201,6 +201,24 @@ class Adapter(ABC):
             fix="its author has to define initialize(), or leave looks_at_rows out",
         )
 
+    def initial_state(self) -> dict[str, Tensor]:
+        """What `initialize` found that the trained parameters don't hold: checkpoints keep it. Nothing by default."""
+        return {}
+
+    def load_initial_state(self, model: PreTrainedModel, state: dict[str, Tensor]) -> None:
+        """Make of the prepared model what `initialize` made of it; trained parameters are loaded afterwards.
+
+        Called once or more, also after `initialize`.
+
+        Raises:
+            SFTError: The adapter has an initial state and doesn't say what to do with it.
+        """
+        raise SFTError(
+            f"the {type(self).__name__} adapter has an initial_state() and no load_initial_state()",
+            where="model.adapter",
+            fix="its author has to define both, or neither",
+        )
+
     @contextmanager
     def base_model(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         """Within this context `model` computes what the base computed before training.

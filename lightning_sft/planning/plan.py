@@ -17,6 +17,7 @@ from lightning_sft.planning.remedies import Setup, changes
 from lightning_sft.planning.work import PlannedTrainer, Work, work_of
 from lightning_sft.training import advisor
 from lightning_sft.training.devices import Device, this_machine
+from lightning_sft.training.heap import apart
 from lightning_sft.training.memory import in_words, longest_row
 from lightning_sft.training.peak_memory import Peak
 
@@ -111,7 +112,7 @@ def make(config: Any, asked: Sequence[Device]) -> Plan:
         )
     )
     module.model = None
-    peaks = {here.kind: twin.peak(batch)}
+    peaks = {here.kind: apart(partial(twin.peak, batch))}
     flops, kinds = work.flops(twin.flops), {device.kind for device in asked} - {here.kind}
     peaks |= {kind: setup.peak(kind) for kind in kinds}
     held = int(data.prepared["train"].lengths.sum()) * _BYTES_PER_TOKEN

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lightning_sft import plugins
 from lightning_sft.errors import SFTError
 from lightning_sft.planning.work import PlannedTrainer
+from lightning_sft.training.heap import apart
 from lightning_sft.training.peak_memory import Peak, Twin
 from lightning_sft.training.preflight import heaviest_of
 
@@ -68,7 +69,7 @@ class Setup:
     def peak(self, kind: str) -> Peak:
         """What a step needs on a device of this kind."""
         twin = self.twin(kind)
-        return twin.peak(self.heaviest(twin))
+        return apart(partial(twin.peak, self.heaviest(twin)))
 
 
 @dataclass(frozen=True, slots=True)

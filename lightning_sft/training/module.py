@@ -23,6 +23,7 @@ from lightning_sft.training.fingerprint import frozen_digest
 from lightning_sft.training.fsdp2 import as_forward, part_of, shard, whole_parameters
 from lightning_sft.training.guard import GuardedModule, OnBadLoss, Watch, refuse_bad_weights
 from lightning_sft.training.head import NLL
+from lightning_sft.training.heap import bound_kernel_caches
 from lightning_sft.training.initial import initialize
 from lightning_sft.training.layout import Layout, batch_loss, causal_lm, find_layout, stock_attention
 from lightning_sft.training.memory import checkpoint_layers, explained
@@ -142,6 +143,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         self.compiled = compile
         self.silenced_advice = silenced_advice
         _check_options(self)
+        bound_kernel_caches()
         self.model: transformers.PreTrainedModel | None = None
         self.restored = False
         self.metrics = nn.ModuleDict(

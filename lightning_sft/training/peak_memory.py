@@ -4,7 +4,8 @@ The model is built from its configuration, gets its adapter, and takes an optimi
 torch's fake tensors, which know shape and type only. Every storage is counted from its making to its end, so what
 is found holds for any architecture, adapter, loss and optimizer, and takes a few seconds.
 
-What an operation needs inside itself isn't seen, nor what the allocator loses between blocks.
+On a CPU every storage is asked of the allocator, too, to see what that loses between blocks. What an operation needs
+inside itself isn't seen.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_sft.errors import SFTError
 from lightning_sft.training import attention
 from lightning_sft.training.head import NLL
+from lightning_sft.training.heap import Heap, kernel_bytes
 from lightning_sft.training.layout import Layout, backbone, batch_loss, causal_lm, expected_layout
 from lightning_sft.training.quantized import pretend_quantized
 from lightning_sft.training.throughput import Flops, has_experts
@@ -40,13 +42,19 @@ PARTS = ("weights", "quantised base", "gradients", "optimizer", "activations", "
 """What memory is for. Logits: all that the head makes, gradients of the output embedding before they are stored
 included. Activations: everything else that a step makes, casts of weights included."""
 
+BETWEEN, KERNELS = "between blocks", "kernels"
+"""On a CPU: the most that the allocator ever holds, less all parts together; and what oneDNN keeps in bfloat16."""
+
+_STEPS, _SETTLED = 6, 1.01
+"""Steps at most, and the factor by which an allocator's heap grows in one when it hardly grows any more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Peak:
     """The most memory that a step holds at once.
 
     Args:
-        parts: Bytes by part, at that moment; parts are those of `PARTS`.
+        parts: Bytes by part, at that moment; parts are those of `PARTS`, and on a CPU `BETWEEN` and `KERNELS`.
         parameters: How many there are.
         trained: How many of them are trained.
         largest_block: Bytes of the weights of the largest decoder block, and of what belongs to none.
@@ -113,7 +121,7 @@ class Twin:
 
         A loss that asks what its numbers are is taken to need what cross-entropy does.
         """
-        count = _Storages()
+        count = _Storages(Heap(used=self.kind == "cpu"))
         try:
             with self.fake, _own_caches(), count, self._watched(count):
                 self._step(batch.map(lambda tensor: self.fake.from_tensor(tensor.cpu())), count)
@@ -123,6 +131,10 @@ class Twin:
             self.module.loss = NLL
             return self.peak(batch)
         parts = {part: count.at_peak[part] for part in PARTS if count.at_peak[part]}
+        if (lost := count.heap.most - sum(parts.values())) > 0:
+            parts[BETWEEN] = lost
+        if self.kind == "cpu" and self._in_bfloat16():
+            parts[KERNELS] = kernel_bytes()
         return Peak(parts, self.parameters, self.trained, self.largest_block)
 
     @contextmanager
@@ -146,7 +158,7 @@ class Twin:
             self.model.zero_grad()
 
     def _step(self, batch: Batch, count: _Storages) -> None:
-        """Forward, gradients of the step before dropped, backward, optimizer: in the order of Lightning's loop."""
+        """Steps as Lightning's loop has them: forward, gradients of the step before dropped, backward, optimizer."""
         made: Any = self.module.configure_optimizers()
         optimizer = made["optimizer"]
         for parameter in self.model.parameters():
@@ -157,13 +169,22 @@ class Twin:
         for tensor in tree_leaves([list(state.values()) for state in optimizer.state.values()]):
             if isinstance(tensor, Tensor):
                 count.see(tensor, "optimizer")
-        count.now("activations")
-        loss = self._loss(batch)
-        count.now("activations")
-        optimizer.zero_grad()
-        loss.backward()
-        del loss
-        optimizer.step()
+        for _ in range(_STEPS):
+            before = count.heap.most
+            count.now("activations")
+            loss = self._loss(batch)
+            count.now("activations")
+            optimizer.zero_grad()
+            loss.backward()
+            del loss
+            optimizer.step()
+            if count.heap.most <= before * _SETTLED:
+                break
+
+    def _in_bfloat16(self) -> bool:
+        """Whether layers are computed in bfloat16, which is oneDNN's; wider types aren't."""
+        mixed = str(self.module.trainer.precision) == "bf16-mixed"
+        return mixed or any(p.dtype == torch.bfloat16 for p in self.model.parameters())
 
     def _loss(self, batch: Batch) -> Tensor:
         precision = str(self.module.trainer.precision)
@@ -178,8 +199,9 @@ class Twin:
 class _Storages(TorchDispatchMode):
     """Counts the bytes of all storages that are alive, by part, and keeps the count of the worst moment."""
 
-    def __init__(self) -> None:
+    def __init__(self, heap: Heap | None = None) -> None:
         super().__init__()
+        self.heap = heap or Heap(used=False)
         self.alive: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
         self._total = self._most = 0
@@ -206,6 +228,7 @@ class _Storages(TorchDispatchMode):
             self.alive[known[0]] += size
             self._total += size
             weakref.finalize(storage, self._gone, known, size)
+            self.heap.hold(storage, size)
             if self._total > self._most:
                 self._most, self.at_peak = self._total, self.alive.copy()
         elif part is not None and part != known[0]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lightning_sft.training.module import SFTModule
 
-_RUN = "lightning_sft"  # the key of ours in a checkpoint
+_RUN, _INITIAL = "lightning_sft", "lightning_sft_adapter"  # the keys of ours in a checkpoint
 
 
 class Resumable(LightningModule):
@@ -70,6 +70,8 @@ class Resumable(LightningModule):
         """Keep only what is trained: the frozen base is where it came from. Add what makes the run this one."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        if initial := cast("SFTModule", self).adapter.initial_state():
+            checkpoint[_INITIAL] = initial
         if self.trainer.state.fn == TrainerFn.FITTING:
             checkpoint[_RUN] = {**self._run_facts(), "stopped": bool(self.trainer.should_stop)}
 
@@ -90,6 +92,9 @@ class Resumable(LightningModule):
                 where="--ckpt_path",
                 fix="use the model and adapter options of the run that wrote it (its config.yaml)",
             )
+        if initial := checkpoint.get(_INITIAL):
+            module = cast("SFTModule", self)
+            module.adapter.load_initial_state(module.loaded, initial)
 
     def on_fit_start(self) -> None:
         """Forget the facts of an earlier run."""

@@ -68,7 +68,7 @@ class Peft(PeftAdapter):
             raise SFTError(
                 f"init_lora_weights {init} changes the base, or needs the data",
                 where=where,
-                fix="use LoRA, whose init does pissa, olora and eva",
+                fix="use LoRA, whose init does pissa, olora, eva and corda",
             )
         if getattr(chosen, "alora_invocation_tokens", None):
             raise SFTError(

@@ -9,11 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from lightning_sft import RateGroup, SFTError
-from lightning_sft_adapters import heavy
-from lightning_sft_adapters.peft_adapter import PeftAdapter
+from lightning_sft_adapters import corda, heavy
+from lightning_sft_adapters.peft_adapter import OURS, PeftAdapter
 
 _INITS: dict[str, Any] = {"default": True, "pissa_fast": "pissa_niter_16"}
-_MOVES_BASE = ("olora", "pissa", "pissa_fast")
+_MOVES_BASE = ("olora", "pissa", "pissa_fast", "corda")
+_LOOKS_AT_ROWS = ("eva", "corda")
 
 
 class LoRA(PeftAdapter):
@@ -42,7 +43,8 @@ class LoRA(PeftAdapter):
         init: How A and B begin. `default` leaves the model's function as it is with B = 0; `gaussian` and
             `orthogonal` are other noise; `olora` (Büyükakyüz, 2024) and `pissa` (Meng et al., 2024; `pissa_fast` with
             an approximate decomposition) take the main part out of the weights and train it; `eva` (Paischer et
-            al., 2024) takes A from the activations on the training rows.
+            al., 2024) takes A from the activations on the training rows, and `corda` (Yang et al., 2024) takes out of
+            the weights what matters most on them (its instruction-previewed mode).
         loraplus_ratio: LoRA+ (Hayou et al., 2024): learning rate of B over that of A, such as 16.
         init_from: A saved adapter with the same options, to start from.
         beside: Saved LoRA adapters by name, which stay frozen and work together with the one in training.
@@ -69,7 +71,9 @@ class LoRA(PeftAdapter):
         trainable_tokens: list[int] | dict[str, list[int]] | None = None,
         rslora: bool = False,
         dora: bool = False,
-        init: Literal["default", "gaussian", "orthogonal", "olora", "pissa", "pissa_fast", "eva"] = "default",
+        init: Literal[
+            "default", "gaussian", "orthogonal", "olora", "pissa", "pissa_fast", "eva", "corda"
+        ] = "default",
         loraplus_ratio: float = 1.0,
         init_from: str | None = None,
         beside: dict[str, str] | None = None,
@@ -94,7 +98,7 @@ class LoRA(PeftAdapter):
         self.loraplus_ratio = loraplus_ratio
         self.init_from = init_from
         self.beside = beside
-        self.looks_at_rows = init == "eva"
+        self.looks_at_rows = init in _LOOKS_AT_ROWS
         self._initial: dict[str, heavy.Tensor] = {}
         self._fast: set[str] = set()
         self._check()
@@ -128,7 +132,8 @@ class LoRA(PeftAdapter):
             trainable_token_indices=self._token_rows(model),
             use_rslora=self.rslora,
             use_dora=self.dora,
-            init_lora_weights=_INITS.get(self.init, self.init),
+            # CorDA comes later, when there are rows to look at
+            init_lora_weights=True if self.init == "corda" else _INITS.get(self.init, self.init),
             **{name: value for name, value in optional.items() if value is not None},
         )
 
@@ -153,7 +158,7 @@ class LoRA(PeftAdapter):
                 torch.manual_seed(0)
             adapted = super().prepare(model)
         trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-        if self.init in _MOVES_BASE:
+        if self.init in _MOVES_BASE and self.init not in _LOOKS_AT_ROWS:
             self._initial = {name: p.detach().cpu().clone() for name, p in trained.items()}
         # as peft's create_loraplus_optimizer has it
         self._fast = {name for name, p in trained.items() if "lora_B" in name or p.ndim == 1}
@@ -162,7 +167,17 @@ class LoRA(PeftAdapter):
     def initialize(
         self, model: heavy.PreTrainedModel, batches: Iterable[Any], forward: Callable[[Any], None]
     ) -> None:
-        """Take A from the activations (EVA): their first right singular vectors. All ranks see those of all."""
+        """Take A from the activations (EVA: their first right singular vectors), or A and B out of the base (CorDA).
+
+        All ranks see the rows of all.
+        """
+        if self.init == "corda":
+            with self.refusing():
+                corda.begin(model, model.peft_config[OURS], batches, forward)
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            self._initial = {name: p.detach().cpu().clone() for name, p in trained.items()}
+            corda.take_out(model)
+            return
         from peft import initialize_lora_eva_weights
 
         def mask(batch: Any, config: object) -> heavy.Tensor | None:
@@ -181,6 +196,20 @@ class LoRA(PeftAdapter):
                 prepare_layer_inputs_fn=seen,
                 show_progress_bar=False,
             )
+
+    def initial_state(self) -> dict[str, heavy.Tensor]:
+        """Where CorDA began: what was taken out of the base."""
+        return self._initial if self.init == "corda" else {}
+
+    def load_initial_state(self, model: heavy.PreTrainedModel, state: dict[str, heavy.Tensor]) -> None:
+        """Take the same out of the base, once."""
+        if self._initial:
+            return
+        self._initial = state
+        parameters = dict(model.named_parameters())
+        for name, value in state.items():
+            parameters[name].data.copy_(value)
+        corda.take_out(model)
 
     def rate_group(self, name: str) -> RateGroup:
         """B by itself, where it has a rate of its own."""

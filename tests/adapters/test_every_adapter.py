@@ -49,7 +49,7 @@ LORAS = {
     "eva": partial(LoRA, r=2, init="eva"),
     "lora+": partial(LoRA, r=2, loraplus_ratio=16),
 }
-MOVED = {name: partial(LoRA, r=2, init=name) for name in ("pissa", "pissa_fast", "olora")}
+MOVED = {name: partial(LoRA, r=2, init=name) for name in ("pissa", "pissa_fast", "olora", "corda")}
 QUANTISED = {
     "nf4": partial(QLoRA, r=2),
     "fp4": partial(QLoRA, "fp4", False, "float32", r=2),

@@ -11,10 +11,12 @@ import peft.optimizers
 import pytest
 import torch
 from adapter_run import apart, logits, plain, raw, train, write_rows
+from peft.tuners.lora.corda import preprocess_corda
 
 from lightning_sft import SFTError, SFTModule
 from lightning_sft.training.layout import stock_attention
 from lightning_sft.training.models import load_trained
+from lightning_sft_adapters import corda
 from lightning_sft_adapters.any_peft import Peft
 from lightning_sft_adapters.lora import LoRA
 
@@ -138,6 +140,68 @@ def test_eva_begins_with_pefts_eva_of_the_same_rows(model_folder, rows) -> None:
         elif "lora_B" in name:
             assert not begun[name].any()
     assert module.loaded.peft_config["default"].r == 2
+
+
+@pytest.mark.parametrize("tokens_per_width", [128, 0])
+def test_corda_begins_with_pefts_corda_of_the_same_rows(
+    tokens_per_width, model_folder, rows, monkeypatch
+) -> None:
+    """Peft sees one row at a time, ours come in batches; both see all of them, or ours those of the first batch."""
+    monkeypatch.setattr(corda, "TOKENS_PER_WIDTH", tokens_per_width)
+    begun, seen = {}, []
+
+    class Keeping(LoRA):
+        def initialize(self, model, batches, forward):
+            super().initialize(model, batches, forward)
+            layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
+            begun.update(
+                {m: (m.get_base_layer().weight.clone(), m.get_delta_weight("default")) for m in layers}
+            )
+            for batch in batches:
+                seen.extend(batch.input_ids[:, a:b] for a, b in pairwise(batch.segments))
+
+    module, _ = train(model_folder("llama"), rows, Keeping(r=2, alpha=3, init="corda"), steps=1)
+    assert len(seen) == 8
+    theirs = plain(model_folder("llama"))
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules=targets, init_lora_weights="corda", task_type="CAUSAL_LM",
+        corda_config=peft.tuners.lora.config.CordaConfig(corda_method="ipm"),
+    )  # fmt: skip
+
+    def look() -> None:
+        for ids in seen if tokens_per_width else seen[:4]:
+            theirs(input_ids=ids, use_cache=False)
+
+    preprocess_corda(theirs, config, run_model=look)
+    expected = dict(peft.get_peft_model(theirs, config).named_modules())
+    layers = {name: m for name, m in module.loaded.named_modules() if m in begun}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        weight, delta = begun[layer]
+        assert apart(delta, expected[name].get_delta_weight("default")) < 1e-3, name
+        assert apart(weight, expected[name].get_base_layer().weight) < 1e-3, name
+        assert delta.abs().max() > 1e-2
+
+
+def test_a_corda_run_from_a_checkpoint_looks_at_no_rows(model_folder) -> None:
+    """The same part is taken out of the base, and only once."""
+    first = configured(model_folder, LoRA(r=2, alpha=3, init="corda"))
+    weights = {name: p.detach().clone() for name, p in first.loaded.named_parameters()}
+    state = {
+        name: 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        for name, p in first.loaded.named_parameters()
+        if p.requires_grad
+    }
+    before = logits(first.loaded)
+    for _ in range(2):
+        first.adapter.load_initial_state(first.loaded, state)
+    assert first.adapter.initial_state() is state
+    assert apart(logits(first.loaded), before) < 1e-5
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    layer = first.loaded.get_submodule(name)
+    expected = weights[f"{name}.base_layer.weight"] - layer.get_delta_weight("default")
+    assert torch.equal(layer.get_base_layer().weight, expected)
 
 
 # ---------------------------------------------------------------------------- saved adapters

@@ -18,8 +18,14 @@ from lightning_sft.__main__ import main
 
 pytestmark = pytest.mark.slow
 
-ADAPTERS = {"Full": "Full", "LoRA": {"class_path": "LoRA", "init_args": {"r": 4}}}
-FAMILY = {"Full": "gemma2", "LoRA": "llama"}  # the embeddings of one of them are tied
+ADAPTERS = {
+    "Full": "Full",
+    "LoRA": {"class_path": "LoRA", "init_args": {"r": 4}},
+    "EVA": {"class_path": "LoRA", "init_args": {"r": 4, "init": "eva"}},
+    "QLoRA": {"class_path": "QLoRA", "init_args": {"r": 4, "compute_dtype": "float32"}},
+    "unfreezing": {"class_path": "Full", "init_args": {"unfreeze_every": 2, "layer_decay": 0.5}},
+}
+FAMILY = {"Full": "gemma2", "QLoRA": "wide"}  # the embeddings of one of them are tied
 RECOMPUTED = ["--model.gradient_checkpointing", "true"]
 COMPILED = ["--model.compile", "true", "--trainer.callbacks", "[]"]  # generation would compile for minutes
 WAYS = [
@@ -29,6 +35,10 @@ WAYS = [
     ("LoRA", "ddp", RECOMPUTED),
     ("LoRA", "fsdp2", RECOMPUTED),
     ("LoRA", "fsdp2", [*RECOMPUTED, *COMPILED]),
+    ("QLoRA", "ddp", []),
+    ("QLoRA", "ddp", COMPILED),
+    ("unfreezing", "ddp", []),
+    ("EVA", "ddp", []),
 ]
 SECONDS = 10 * 60
 
@@ -52,7 +62,7 @@ def fit(
 def config_of(folder: Path, adapter: str, model_folder: Any, **data: Any) -> Path:
     """Eight rows a step on two ranks; the last accumulation window of an epoch is only half of one."""
     return write_config(
-        folder, model_folder(FAMILY[adapter]), model={"adapter": ADAPTERS[adapter]}, data=data,
+        folder, model_folder(FAMILY.get(adapter, "llama")), model={"adapter": ADAPTERS[adapter]}, data=data,
         trainer={"callbacks": [{"class_path": "asking.Asking"}], "gradient_clip_val": 0.5},
     )  # fmt: skip
 

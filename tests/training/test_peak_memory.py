@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_sft import SFTModule
 from lightning_sft.training.layout import batch_loss, find_layout
-from lightning_sft.training.peak_memory import Twin
+from lightning_sft.training.peak_memory import BETWEEN, KERNELS, PARTS, Twin
 from lightning_sft.training.quantized import pretend_quantized
 from lightning_sft_adapters.lora import LoRA
 
@@ -86,7 +86,7 @@ def test_the_peak_is_that_of_real_tensors(adapter, precision, checkpointing):
     twin = Twin(made)
     examples = zoo.examples((60, 31, 90))
     peak = twin.peak(twin.layout.collate(examples, 1.0))
-    assert peak.total == pytest.approx(really(made, examples), rel=0.02)
+    assert sum(peak.parts.get(part, 0) for part in PARTS) == pytest.approx(really(made, examples), rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "gemma2", "phimoe", "llama4", "lfm2", "falcon"])
@@ -136,6 +136,18 @@ def test_a_quantised_base_has_so_many_bits_a_weight(options, bits):
     assert 8 * sum(p.nbytes for p in packed) / sum(linear) == pytest.approx(bits, rel=0.15)
     before = twin.peak(twin.layout.collate(zoo.examples(), 1.0))
     assert before.trained == twin.trained
+
+
+def test_kernels_are_those_of_bfloat16_on_a_cpu():
+    examples = zoo.examples((60, 31, 90))
+
+    def parts(precision, kind):
+        twin = Twin(module(zoo.CONFIGS["olmo3"](), precision=precision), kind)
+        return twin.peak(twin.layout.collate(examples, 1.0)).parts
+
+    assert parts("bf16-mixed", "cpu")[KERNELS] == parts("bf16-true", "cpu")[KERNELS] > 0
+    assert KERNELS not in parts("32-true", "cpu")
+    assert not {KERNELS, BETWEEN} & parts("bf16-true", "cuda").keys()
 
 
 def test_on_a_gpu_half_precision_attention_keeps_one_copy_of_keys():

@@ -29,6 +29,7 @@ CASES = {
     "int8": adapter("QLoRA", quant_type="int8", r=4),
     "pissa": adapter("LoRA", r=4, init="pissa_fast", dropout=0.3),
     "eva": adapter("LoRA", r=4, init="eva"),
+    "corda": adapter("LoRA", r=4, alpha=6, init="corda"),
     "gradual unfreezing": adapter("Freeze", unfreeze_every=4, layer_decay=0.5),
     "prompt tuning": adapter("Peft", config={"class_path": "peft.PromptTuningConfig", "init_args": {
         "num_virtual_tokens": 4}}),
