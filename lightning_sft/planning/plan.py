@@ -15,7 +15,7 @@ from lightning_sft.cli import set_end
 from lightning_sft.planning.estimate import Estimate, Sharding, cpu_speed, estimate, resident
 from lightning_sft.planning.remedies import Setup, changes
 from lightning_sft.planning.work import PlannedTrainer, Work, work_of
-from lightning_sft.training import advisor
+from lightning_sft.training import advisor, optimizers
 from lightning_sft.training.devices import Device, this_machine
 from lightning_sft.training.heap import apart
 from lightning_sft.training.memory import in_words, longest_row
@@ -53,6 +53,7 @@ class Plan:
         estimates: This machine, and the devices asked for.
         remedies: What to change where the run doesn't fit, the last of all together.
         advice: Known mistakes that the run would make.
+        rates: The peak learning rate of each group of parameters, in words.
     """
 
     base: str
@@ -65,6 +66,7 @@ class Plan:
     estimates: tuple[Estimate, ...]
     remedies: tuple[Remedy, ...]
     advice: tuple[str, ...]
+    rates: tuple[str, ...]
 
     def as_json(self) -> dict[str, object]:
         """The plan in JSON types; sizes in bytes, times in seconds."""
@@ -86,6 +88,7 @@ class Plan:
                 for each in self.remedies
             ],
             "advice": list(self.advice),
+            "learning_rates": list(self.rates),
         }
 
 
@@ -111,6 +114,7 @@ def make(config: Any, asked: Sequence[Device]) -> Plan:
             advisor.facts_of(module, tuple(_callbacks(config.trainer.callbacks))), module.silenced_advice
         )
     )
+    rates = tuple(optimizers.rates_in_words(optimizers.parameter_groups(module)))
     module.model = None
     peaks = {here.kind: apart(partial(twin.peak, batch))}
     flops, kinds = work.flops(twin.flops), {device.kind for device in asked} - {here.kind}
@@ -133,16 +137,17 @@ def make(config: Any, asked: Sequence[Device]) -> Plan:
         padded_because=twin.layout.padded_because,
         strategy=f"{trainer.world_size} × {strategy}" if trainer.world_size > 1 else "1 rank",
         estimates=estimates,
-        remedies=tuple(_remedies(setup, longest_row(batch), full, on)) if full else (),
+        remedies=tuple(_remedies(setup, longest_row(batch), full, on, sharding.weights)) if full else (),
+        rates=rates,
         advice=advice,
     )
 
 
 def _remedies(
-    setup: Setup, longest: int, full: list[Device], on: Callable[[Device, Peak], Estimate]
+    setup: Setup, longest: int, full: list[Device], on: Callable[[Device, Peak], Estimate], sharded: bool
 ) -> Iterator[Remedy]:
     """Each change by itself, and all of them together."""
-    together, found = setup, list(changes(setup, longest))
+    together, found = setup, list(changes(setup, longest, sharded=sharded))
     for change in found:
         together = change.apply(together)
     together_too = [("all of these", together)] if len(found) > 1 else []

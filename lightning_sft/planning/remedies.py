@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from lightning_sft import plugins
 from lightning_sft.errors import SFTError
@@ -16,6 +17,8 @@ from lightning_sft.training.peak_memory import Peak, Twin
 from lightning_sft.training.preflight import heaviest_of
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from lightning_sft.data.batch import Batch
     from lightning_sft.data.datamodule import SFTDataModule
     from lightning_sft.training.module import SFTModule
@@ -85,12 +88,13 @@ class Change:
     apply: Callable[[Setup], Setup]
 
 
-def changes(setup: Setup, longest: int) -> Iterator[Change]:
+def changes(setup: Setup, longest: int, *, sharded: bool) -> Iterator[Change]:
     """What would need less memory: first what leaves the results as they are.
 
     Args:
         setup: The setup as it is.
         longest: Tokens of the longest example in the heaviest micro-batch.
+        sharded: Whether the weights are, which rules some changes out.
     """
     if not setup.module.gradient_checkpointing:
         says = "model.gradient_checkpointing: true (same results, about a third slower)"
@@ -104,6 +108,11 @@ def changes(setup: Setup, longest: int) -> Iterator[Change]:
         more = accumulate * setup.batch_size
         says = f"data.batch_size: 1, trainer.accumulate_grad_batches: {more} (same steps, slower)"
         yield Change(says, _one_by_one)
+    if setup.module.optimizer is None and not sharded and find_spec("bitsandbytes") is not None:
+        yield Change(
+            "model.optimizer: bitsandbytes.optim.AdamW8bit (its averages in 8 bits)",
+            partial(_with_module, optimizer=_adamw_8bit),
+        )
     if setup.trainer.precision.startswith("32") or setup.trainer.precision.endswith("-mixed"):
         rounded = "rounds small updates away" if trains_base(setup) else "the base in bfloat16"
         says = f"trainer.precision: bf16-true ({rounded})"
@@ -131,6 +140,13 @@ def trains_base(setup: Setup) -> bool:
     from lightning_sft.bases import Adapter
 
     return type(setup.module.adapter).base_model is Adapter.base_model
+
+
+def _adamw_8bit(groups: Iterable[Any]) -> Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    made: Optimizer = AdamW8bit(groups)
+    return made
 
 
 def _one_by_one(setup: Setup) -> Setup:

@@ -53,6 +53,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         "run",
         f"{steps}, {work.epochs:.3g} epochs, {work.tokens:,} tokens, {work.targets:,} of them trained, {plan.strategy}",
     )
+    if len(plan.rates) > 1:
+        yield "rates", "\n".join(plan.rates)
     rows = f"; rows are padded: {plan.padded_because}" if plan.padded_because else ""
     yield "heaviest", plan.batch + rows
 

@@ -9,7 +9,7 @@ parameters that haven't been trained.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -52,7 +52,8 @@ def configure(module: SFTModule) -> OptimizerLRScheduler:
         )
     groups = parameter_groups(module)
     optimizer = build(module, groups)
-    _tell(groups)
+    if len(lines := list(rates_in_words(groups))) > 1:
+        rank_zero_info("Peak learning rates:\n" + "\n".join(f"  {line}" for line in lines))
     shape = partial(
         schedules.factor,
         schedule=module.schedule,
@@ -207,6 +208,18 @@ def rates(optimizer: Optimizer, step: int) -> dict[str, float]:
     return found
 
 
+def rates_in_words(groups: list[dict[str, Any]]) -> Iterator[str]:
+    """A line for each rate of these parameter groups: its name, its peak, how many parameters, and when it begins."""
+    rows: dict[str, tuple[float, int, int]] = {}
+    for group in groups:
+        _, _, before = rows.get(group["rate"], (0.0, 0, 0))
+        rows[group["rate"]] = (group["lr"], group["start"], before + sum(p.numel() for p in group["params"]))
+    width = max(map(len, rows))
+    for name, (rate, start, count) in rows.items():
+        begins = f", from step {start + 1}" if start else ""
+        yield f"{name:<{width}}  {rate:.3g}  {count:,} parameters{begins}"
+
+
 def _can_fuse(groups: list[dict[str, Any]]) -> bool:
     parameters = [p for group in groups for p in group["params"]]
     return {p.device.type for p in parameters} in ({"cpu"}, {"cuda"})
@@ -223,22 +236,6 @@ def _refuse_unsuited(module: SFTModule, optimizer: Optimizer) -> None:
             where="model.optimizer",
             fix="use another optimizer, such as torch.optim.AdamW with model.schedule: constant",
         )
-
-
-def _tell(groups: list[dict[str, Any]]) -> None:
-    """Print what is trained at which rate, if it isn't all the same."""
-    rows: dict[str, tuple[float, int, int]] = {}
-    for group in groups:
-        _, _, before = rows.get(group["rate"], (0.0, 0, 0))
-        rows[group["rate"]] = (group["lr"], group["start"], before + sum(p.numel() for p in group["params"]))
-    if len(rows) > 1:
-        width = max(map(len, rows))
-        lines = [
-            f"  {name:<{width}}  {rate:.3g}  {count:,} parameters"
-            + (f", from step {start + 1}" if start else "")
-            for name, (rate, start, count) in rows.items()
-        ]
-        rank_zero_info("Peak learning rates:\n" + "\n".join(lines))
 
 
 # ------------------------------------------------------------------------------------------------ Muon

@@ -11,9 +11,10 @@ inside itself isn't seen.
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_sft.errors import SFTError
-from lightning_sft.training import attention
+from lightning_sft.training import attention, optimizers
 from lightning_sft.training.head import NLL
 from lightning_sft.training.heap import Heap, kernel_bytes
 from lightning_sft.training.layout import Layout, backbone, batch_loss, causal_lm, expected_layout
@@ -115,6 +117,7 @@ class Twin:
                 attention.register_planned()
                 causal_lm(self.model).set_attn_implementation(attention.PLANNED)
         self.module.__dict__["layout"] = self.layout
+        self.kept = None if module.optimizer is None else optimizers.state_bytes(self.module)
 
     def peak(self, batch: Batch) -> Peak:
         """What a step with this micro-batch needs, after another one.
@@ -159,8 +162,7 @@ class Twin:
 
     def _step(self, batch: Batch, count: _Storages) -> None:
         """Steps as Lightning's loop has them: forward, gradients of the step before dropped, backward, optimizer."""
-        made: Any = self.module.configure_optimizers()
-        optimizer = made["optimizer"]
+        optimizer = self._optimizer()
         for parameter in self.model.parameters():
             if parameter.requires_grad:  # as the step before has left them
                 parameter.grad = torch.empty_like(parameter)
@@ -181,6 +183,12 @@ class Twin:
             if count.heap.most <= before * _SETTLED:
                 break
 
+    def _optimizer(self) -> Optimizer:
+        """The run's AdamW; in place of others, which may ask what their numbers are, one with as much state."""
+        if self.kept is not None:
+            return _Keeping(self.model.parameters(), self.kept)
+        return optimizers.build(self.module, optimizers.parameter_groups(self.module))
+
     def _in_bfloat16(self) -> bool:
         """Whether layers are computed in bfloat16, which is oneDNN's; wider types aren't."""
         mixed = str(self.module.trainer.precision) == "bf16-mixed"
@@ -194,6 +202,20 @@ class Twin:
             if self.module.router is not None:
                 loss = loss + self.module.router.take()
         return loss
+
+
+class _Keeping(Optimizer):
+    """Keeps so many bytes for each value of a matrix, and computes nothing."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], kept: float) -> None:
+        super().__init__([p for p in parameters if p.requires_grad], {})
+        self.kept = kept
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make the state, once."""
+        for parameter in (p for group in self.param_groups for p in group["params"] if not self.state[p]):
+            size = math.ceil(self.kept * parameter.numel())
+            self.state[parameter]["kept"] = torch.empty(size, dtype=torch.uint8)
 
 
 class _Storages(TorchDispatchMode):

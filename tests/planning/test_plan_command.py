@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -64,6 +65,32 @@ def test_steps_and_tokens_are_those_of_the_run(options, capfd, config, monkeypat
     assert told["trained"] == sum(p.numel() for p in module.loaded.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_per_value"),
+    [("bitsandbytes.optim.AdamW8bit", 2.0), ("bitsandbytes.optim.Lion", 4.0), ("torch.optim.Adafactor", 0.1)],
+)
+def test_other_optimizers_are_planned_by_what_they_keep(optimizer, bytes_per_value, capfd, config):
+    told = plan(capfd, "--config", config, f"--model.optimizer={optimizer}")
+    state = told["devices"][0]["parts"]["optimizer"]
+    assert state == pytest.approx(bytes_per_value * told["trained"], abs=0.2 * told["trained"])
+
+
+def test_the_rate_of_each_group_is_told(capfd, config):
+    options = ["--model.adapter=Full", "--model.adapter.layer_decay=0.5", "--model.learning_rate=1e-3"]
+    options.append("--model.adapter.unfreeze_every=3")
+    rates = plan(capfd, "--config", config, *options)["learning_rates"]
+    found = [re.fullmatch(r"(.+?) +(\S+)  [\d,]+ parameters.*", line) for line in rates]
+    assert [(each[1], float(each[2])) for each in found] == [
+        ("embeddings", 2.5e-4), ("block 0", 5e-4), ("block 1", 1e-3), ("head and final norm", 1e-3)
+    ]  # fmt: skip
+    assert [line.rpartition("from step ")[2] for line in rates][:3] == ["10", "7", "4"]
+    assert main(["plan", "--config", str(config), *options]) == 0
+    shown = capfd.readouterr().out
+    assert all(" ".join(line.split()) in " ".join(shown.split()) for line in rates)
+    assert main(["plan", "--config", str(config)]) == 0
+    assert "rates" not in capfd.readouterr().out
+
+
 def test_devices_are_planned_side_by_side_and_changes_where_it_does_not_fit(capfd, config):
     told = plan(capfd, "--config", config, "--gpu", "h100-80gb,rtx-4090", "--device-memory", "1MiB")
     names = [each["device"] for each in told["devices"]]
@@ -72,7 +99,16 @@ def test_devices_are_planned_side_by_side_and_changes_where_it_does_not_fit(capf
     assert all(each["total"] == sum(each["parts"].values()) for each in told["devices"])
     assert told["devices"][1]["seconds"] < told["devices"][2]["seconds"]
     said = [each["change"] for each in told["changes"]]
-    for option in ("gradient_checkpointing", "batch_size: 1", "bf16-true", "adapter: LoRA", "all of these"):
+    for option in (
+        *(
+            "gradient_checkpointing",
+            "batch_size: 1",
+            "AdamW8bit",
+            "bf16-true",
+            "adapter: LoRA",
+            "all of these",
+        ),
+    ):
         assert any(option in change for change in said), option
     needs = {change["change"]: change["devices"][0]["total"] for change in told["changes"]}
     assert needs["all of these"] == min(needs.values()) < told["devices"][3]["total"]
