@@ -245,6 +245,7 @@ def test_a_baseline_is_kept_for_other_runs(files, model_folder, tmp_path, monkey
 # ------------------------------------------------------------------------------------- several of a class
 
 
+@pytest.mark.slow
 def test_two_probes_with_names_measure_what_each_would_alone(files, model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     domains = [{"name": "text", "text": files["texts"]}, {"name": "facts", "questions": files["questions"]}]

@@ -66,7 +66,10 @@ def study(folder, kind=Quick, options=None, **plan) -> Study:
 # ------------------------------------------------------------------------------------------------- trials
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+@pytest.mark.parametrize(
+    "sampler",
+    [pytest.param("tpe", marks=pytest.mark.slow), "random", pytest.param("grid", marks=pytest.mark.slow)],
+)
 def test_a_sweep_that_was_killed_goes_on_as_if_it_had_not_been(sampler, tmp_path):
     search = ["model.learning_rate=choice(1e-5,1e-4,1e-3,1e-2)", SEARCH[1]] if sampler == "grid" else SEARCH
     plan = {"sampler": sampler, "parameters": read(search)}
