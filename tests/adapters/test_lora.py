@@ -19,6 +19,7 @@ from lightning_sft.training.models import load_trained
 from lightning_sft_adapters import corda
 from lightning_sft_adapters.any_peft import Peft
 from lightning_sft_adapters.lora import LoRA
+from lightning_sft_adapters.qlora import QLoRA
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +289,10 @@ RECOMPUTED = {
     "ia3": lambda: Peft(peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])),
     "oft": lambda: Peft(peft.OFTConfig(oft_block_size=4, r=0, target_modules=["q_proj"])),
     "prompt": lambda: Peft(peft.PromptTuningConfig(num_virtual_tokens=4)),
+    "nf4": partial(QLoRA, r=2, compute_dtype="float32"),
+    "int8": partial(QLoRA, "int8", r=2),
 }
+BASES = {"nf4": "wide", "int8": "wide"}
 
 
 @pytest.mark.parametrize("name", RECOMPUTED)
@@ -296,7 +300,12 @@ def test_recomputed_activations_give_the_same_steps(name, model_folder, rows) ->
     weights = [
         {n: p.detach().clone() for n, p in module.loaded.named_parameters() if p.requires_grad}
         for module, _ in (
-            train(model_folder("llama"), rows, RECOMPUTED[name](), gradient_checkpointing=checkpointing)
+            train(
+                model_folder(BASES.get(name, "llama")),
+                rows,
+                RECOMPUTED[name](),
+                gradient_checkpointing=checkpointing,
+            )
             for checkpointing in (False, True)
         )
     ]
@@ -310,12 +319,12 @@ def test_prefix_tuning_with_recomputed_activations_is_refused(model_folder, rows
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dora", "ia3", "oft"])
+@pytest.mark.parametrize("name", ["dora", "ia3", "oft", "nf4", "int8"])
 def test_compiled_blocks_give_the_same_steps(name, model_folder, rows) -> None:
     weights = [
         {n: p.detach().clone() for n, p in module.loaded.named_parameters() if p.requires_grad}
         for module, _ in (
-            train(model_folder("llama"), rows, RECOMPUTED[name](), compile=compiled)
+            train(model_folder(BASES.get(name, "llama")), rows, RECOMPUTED[name](), compile=compiled)
             for compiled in (False, True)
         )
     ]

@@ -22,6 +22,7 @@ ADAPTERS = {
     "Full": "Full",
     "LoRA": {"class_path": "LoRA", "init_args": {"r": 4}},
     "EVA": {"class_path": "LoRA", "init_args": {"r": 4, "init": "eva"}},
+    "CorDA": {"class_path": "LoRA", "init_args": {"r": 4, "init": "corda"}},
     "QLoRA": {"class_path": "QLoRA", "init_args": {"r": 4, "compute_dtype": "float32"}},
     "unfreezing": {"class_path": "Full", "init_args": {"unfreeze_every": 2, "layer_decay": 0.5}},
 }
@@ -38,7 +39,9 @@ WAYS = [
     ("QLoRA", "ddp", []),
     ("QLoRA", "ddp", COMPILED),
     ("unfreezing", "ddp", []),
+    ("unfreezing", "fsdp2", []),
     ("EVA", "ddp", []),
+    ("CorDA", "ddp", []),
 ]
 SECONDS = 10 * 60
 
