@@ -75,6 +75,15 @@ def test_many_texts_get_the_offsets_of_each(kind, texts):
     assert encoder._counted + encoder._asked == 3 * len(texts)
 
 
+@pytest.mark.parametrize(("split", "keeps"), [(True, False), (False, True)])
+def test_whole_texts_are_not_kept_as_words(split, keeps):
+    from tokenizers.pre_tokenizers import Metaspace
+
+    tokenizer = build_tokenizer.__wrapped__("pieces")
+    tokenizer.backend_tokenizer.pre_tokenizer = Metaspace(prepend_scheme="first", split=split)
+    assert OffsetTokenizer(tokenizer)._keeps_texts == keeps
+
+
 def test_counting_ends_where_it_is_in_vain(monkeypatch):
     tokenizer, _, _ = tokenizers("bytes")
     encoder, calls = OffsetTokenizer(tokenizer), []

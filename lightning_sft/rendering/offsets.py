@@ -50,6 +50,8 @@ class OffsetTokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = tokenizer.split_special_tokens
+        if self._keeps_texts:
+            backend.model._resize_cache(0)
         known: list[Encoded | None] = [None] * len(texts)
         # Where most have to be asked for, counting is in vain.
         if len(texts) >= _MANY and self._asked <= self._counted + _MANY:
@@ -67,6 +69,13 @@ class OffsetTokenizer:
     @cached_property
     def _known(self) -> KnownOffsets:
         return KnownOffsets(self.tokenizer)
+
+    @cached_property
+    def _keeps_texts(self) -> bool:
+        """Whether the cache of words fills with whole texts, as no words are taken apart; 10,000 of them take 30 MB."""
+        backend = self.tokenizer.backend_tokenizer
+        words = backend.pre_tokenizer.pre_tokenize_str("a b") if backend.pre_tokenizer is not None else []
+        return len(words) < 2 and hasattr(backend.model, "_resize_cache")
 
     @cached_property
     def _is_plain(self) -> bool:
