@@ -79,6 +79,7 @@ def load_model(
     Raises:
         SFTError: It isn't there, isn't a causal LM, or the Hub can't be reached or refuses.
     """
+    from torch.nn import Parameter
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -92,6 +93,10 @@ def load_model(
             quantization_config=quantization,
             trust_remote_code=trust_remote_code,
         )
+    if quantization is not None:
+        for parameter in model.parameters():
+            if type(parameter) is Parameter:  # what isn't quantised would keep the whole file mapped
+                parameter.data = parameter.data.clone()
     for module in model.modules():
         # In evaluation bitsandbytes would repack 4-bit weights for such CPUs, round their scales, and train on with
         # these: one validation, and the base is another.

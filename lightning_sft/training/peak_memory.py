@@ -191,8 +191,10 @@ class Twin:
 
     def _in_bfloat16(self) -> bool:
         """Whether layers are computed in bfloat16, which is oneDNN's; wider types aren't."""
-        mixed = str(self.module.trainer.precision) == "bf16-mixed"
-        return mixed or any(p.dtype == torch.bfloat16 for p in self.model.parameters())
+        if str(self.module.trainer.precision) == "bf16-mixed":
+            return True
+        quantized = getattr(self.module.adapter.quantization(), "bnb_4bit_compute_dtype", None)
+        return torch.bfloat16 in {quantized, *(p.dtype for p in self.model.parameters())}
 
     def _loss(self, batch: Batch) -> Tensor:
         precision = str(self.module.trainer.precision)

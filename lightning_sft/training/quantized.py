@@ -36,17 +36,24 @@ def pretend_quantized(model: nn.Module, config: Any) -> list[nn.Parameter]:
             continue
         if any(part in name.split(".") for part in (*skipped, "modules_to_save")):
             continue
-        shape = layer.weight.shape
+        shape, loaded = layer.weight.shape, layer.weight.dtype
         packed = torch.empty(_bytes(shape, config), dtype=torch.uint8)
         layer.weight = nn.Parameter(packed, requires_grad=False)
-        layer.__dict__["forward"] = partial(_Dequantized.apply, layer.weight, shape, layer.bias)
+        compute = getattr(config, "bnb_4bit_compute_dtype", None) if _in_4_bits(config) else None
+        layer.__dict__["forward"] = partial(
+            _Dequantized.apply, layer.weight, shape, loaded, compute, layer.bias
+        )
         made.append(layer.weight)
     return made
 
 
+def _in_4_bits(config: Any) -> bool:
+    return bool(getattr(config, "load_in_4bit", False))
+
+
 def _bytes(shape: torch.Size, config: Any) -> int:
     n = shape.numel()
-    if getattr(config, "load_in_4bit", False):
+    if _in_4_bits(config):
         scales = n // _BLOCK
         double = getattr(config, "bnb_4bit_use_double_quant", False)
         return n // 2 + (scales + 4 * (scales // 256 + 1) if double else 4 * scales)
@@ -60,16 +67,27 @@ def _bytes(shape: torch.Size, config: Any) -> int:
 
 
 class _Dequantized(torch.autograd.Function):
-    """x Wᵀ + b, with W made anew in forward and backward: only the packed weight is kept."""
+    """x Wᵀ + b, with W made anew in forward and backward, first in the type it was loaded in."""
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, shape: torch.Size, bias: Tensor | None, x: Tensor) -> Tensor:
-        ctx.shape, ctx.dtype = shape, x.dtype
+    def forward(
+        ctx: Any,
+        packed: Tensor,
+        shape: torch.Size,
+        loaded: torch.dtype,
+        compute: torch.dtype | None,
+        bias: Tensor | None,
+        x: Tensor,
+    ) -> Tensor:
+        mixed = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        ctx.compute = mixed or compute or x.dtype
+        ctx.shape, ctx.loaded, ctx.dtype = shape, loaded, x.dtype
         ctx.save_for_backward(packed)
-        half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        return nn.functional.linear(x.to(half), torch.empty(shape, dtype=half), bias)
+        weight = torch.empty(shape, dtype=loaded).to(ctx.compute)
+        return nn.functional.linear(x.to(ctx.compute), weight, bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        return None, None, None, (grad @ torch.empty(ctx.shape, dtype=grad.dtype)).to(ctx.dtype)
+        weight = torch.empty(ctx.shape, dtype=ctx.loaded).to(ctx.compute)
+        return None, None, None, None, None, (grad.to(ctx.compute) @ weight).to(ctx.dtype)

@@ -16,6 +16,7 @@ from lightning_sft.training.layout import batch_loss, find_layout
 from lightning_sft.training.peak_memory import BETWEEN, KERNELS, PARTS, Twin
 from lightning_sft.training.quantized import pretend_quantized
 from lightning_sft_adapters.lora import LoRA
+from lightning_sft_adapters.qlora import QLoRA
 
 
 def module(config, adapter=None, precision: str = "32-true", **options) -> SFTModule:
@@ -138,6 +139,23 @@ def test_a_quantised_base_has_so_many_bits_a_weight(options, bits):
     assert before.trained == twin.trained
 
 
+@pytest.mark.parametrize(("compute", "more"), [(torch.float32, 0), (torch.bfloat16, 2)])
+def test_quantised_weights_are_made_anew_one_layer_at_a_time(compute, more):
+    """In the type that they were loaded in, and then in the one that is computed in."""
+    weight = torch.nn.Linear(512, 512, bias=False).requires_grad_(False)
+    alive = []
+    config = SimpleNamespace(load_in_4bit=True, bnb_4bit_compute_dtype=compute)
+    wrapped = torch.nn.ModuleDict({"layer": weight, "head": torch.nn.Linear(1, 1)})
+    wrapped.get_output_embeddings = lambda: wrapped["head"]
+    pretend_quantized(wrapped, config)
+    x = torch.zeros(2, 512, requires_grad=True)
+    for step in (lambda: alive.append(weight(x)), lambda: alive.pop().sum().backward()):
+        with Alive() as counted:
+            step()
+        assert counted.most == pytest.approx((4 + more) * 512 * 512, rel=0.02)
+    assert x.grad.dtype == torch.float32
+
+
 def test_kernels_are_those_of_bfloat16_on_a_cpu():
     examples = zoo.examples((60, 31, 90))
 
@@ -147,6 +165,9 @@ def test_kernels_are_those_of_bfloat16_on_a_cpu():
 
     assert parts("bf16-mixed", "cpu")[KERNELS] == parts("bf16-true", "cpu")[KERNELS] > 0
     assert KERNELS not in parts("32-true", "cpu")
+    adapter = QLoRA(r=2, compute_dtype="bfloat16")
+    twin = Twin(module(zoo.CONFIGS["olmo3"](), adapter))
+    assert KERNELS in twin.peak(twin.layout.collate(examples, 1.0)).parts
     assert not {KERNELS, BETWEEN} & parts("bf16-true", "cuda").keys()
 
 
