@@ -29,13 +29,19 @@ TASKS = "boolean_expressions,date_understanding,navigate"
 MODELS = {
     "1M": (2048, {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4}),
     "50M": (32_000, {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12}),
+    "50M untied": (
+        32_000,
+        {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "tie_word_embeddings": False},
+    ),
 }
-"""Vocabulary and body of each model: 1.05 and 54.9 million parameters, embedding and head tied."""
+"""Vocabulary and body of each model: 1.05, 54.9 and 52.0 million parameters; embedding and head are tied but in the last."""
 JOBS = {
     "MMLU 5-shot, 1M": ("1M", "mmlu", {"shots": 5}),
     "MMLU 0-shot, 1M": ("1M", "mmlu", {"shots": 0}),
     "MMLU 5-shot, 50M": ("50M", "mmlu", {"shots": 5}),
     "MMLU 0-shot, 50M": ("50M", "mmlu", {"shots": 0}),
+    "MMLU 5-shot, 50M untied": ("50M untied", "mmlu", {"shots": 5}),
+    "MMLU 0-shot, 50M untied": ("50M untied", "mmlu", {"shots": 0}),
     "BBH CoT prefill, 1M": ("1M", "bbh", {"new": 1}),
     "BBH CoT generation, 1M": ("1M", "bbh", {"new": 96}),
     "BBH CoT prefill, 50M": ("50M", "bbh", {"new": 1}),
@@ -116,7 +122,7 @@ def make_model(folder: Path, name: str, mmlu: str) -> None:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=vocabulary, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=4096,
-        tie_word_embeddings=True, bos_token_id=1, eos_token_id=0, **body,
+        bos_token_id=1, eos_token_id=0, **{"tie_word_embeddings": True, **body},
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     for parameter in model.parameters():
