@@ -34,7 +34,7 @@ MODELS = {
         {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "tie_word_embeddings": False},
     ),
 }
-"""Vocabulary and body of each model: 1.05, 54.9 and 52.0 million parameters; embedding and head are tied but in the last."""
+"""Vocabulary and body of each: 1.05, 54.9 and 52.0 million parameters; embedding and head are tied but in the last."""
 JOBS = {
     "MMLU 5-shot, 1M": ("1M", "mmlu", {"shots": 5}),
     "MMLU 0-shot, 1M": ("1M", "mmlu", {"shots": 0}),
