@@ -298,9 +298,10 @@ def test_a_definition_that_was_not_written_to_its_end_is_not_there(tmp_path, opt
         write_text(path, text[:9], **given)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", killed)
-        command._claim(tmp_path, definition)
+        with pytest.raises(KeyboardInterrupt):
+            command._claim(tmp_path, definition)
     run_folder.unlock(tmp_path)
     command._claim(tmp_path, definition)
     run_folder.unlock(tmp_path)
