@@ -194,7 +194,7 @@ class RunFolder(Callback):
         ledger = json.dumps(trainer.datamodule.ledger, indent=2, ensure_ascii=False)
         (folder / LEDGER).write_text(ledger + "\n", encoding="utf-8")
         if trainer.datamodule.filters:
-            shutil.copyfile(trainer.datamodule.prepared["train"].examples.filtered, folder / FILTERED)
+            trainer.datamodule.prepared["train"].examples.filtered.tofile(folder / FILTERED)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Export what was trained; `model/` is there only when it is whole."""

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from numbers import Real
 from typing import TypeVar
 
 from lightning_sft import plugins
@@ -25,6 +26,9 @@ Got = TypeVar("Got")
 Looks = tuple[object, ...]
 """What the filters make of one conversation by itself: their verdicts, and in the place of a `SetFilter` what its judge
 is asked with. It ends with the first verdict that drops it."""
+
+
+_VERDICT = (("reason", str), ("score", Real), ("detail", str))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ class Dropped:
                 "conversation": self.number,
                 "filter": self.filter,
                 "reason": self.verdict.reason,
-                "score": None if score is None or not math.isfinite(score) else score,
+                "score": None if score is None or not math.isfinite(score) else _plain(score),
                 "detail": self.verdict.detail,
             },
             ensure_ascii=False,
@@ -113,6 +117,12 @@ class Filters:
             raise SFTError(
                 f"{self._described[n]} gave a {type(verdict).__name__} instead of a Verdict", where=str(meta)
             )
+        for name, kind in _VERDICT:
+            if (value := getattr(verdict, name)) is not None and not isinstance(value, kind):
+                raise SFTError(
+                    f"{self._described[n]} gave a {type(value).__name__} as a verdict's {name}",
+                    where=str(meta),
+                )
         return verdict
 
     def blamed(self, n: int, meta: Meta, call: Callable[[Given], Got], given: Given) -> Got:
@@ -154,6 +164,11 @@ class Judge:
             if isinstance(verdict, Verdict) and not verdict.keep:
                 return Dropped(meta, number, self._filters.names[n], verdict)
         return None
+
+
+def _plain(number: float) -> float:
+    """Python's number of a library's, such as NumPy's."""
+    return number if isinstance(number, int) else float(number)
 
 
 def numbered(

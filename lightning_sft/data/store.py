@@ -210,12 +210,9 @@ class ExampleStore(Sequence[Example]):
             (source, task, language, tuple(notes)) for source, task, language, notes in contents["labels"]
         ]
         self._arrays = {name: _mapped(folder / name, dtype) for name, dtype in _ARRAYS.items()}
+        self.filtered = _mapped(folder / _FILTERED, np.dtype(np.uint8))
+        """A line of JSON, in UTF-8, for each conversation that a filter dropped."""
         self._rows: NDArray[np.int64] | None = None
-
-    @property
-    def filtered(self) -> Path:
-        """The file with a line of JSON for each conversation that a filter dropped."""
-        return self.folder / _FILTERED
 
     def part(self, rows: Sequence[int] | NDArray[np.int64]) -> ExampleStore:
         """Some of the examples, by index, in this order."""

@@ -38,7 +38,8 @@ def in_order(
 
     The first `alone` items are worked on here: so little isn't worth starting processes for. Workers are forked,
     so `work` needn't be picklable and the memory is shared; where a system can't fork, all is done here. An item
-    on which a worker fails is worked on here once more, so that the error is raised as it would be without workers.
+    on which a worker fails, or whose result can't be pickled, is worked on here once more, so that what comes of it
+    is the same as without workers.
 
     Args:
         work: What to do with an item; items and results go through pickle.
@@ -70,7 +71,7 @@ def in_order(
             if not waiting:
                 break
             item, future = waiting.popleft()
-            yield from future.result() or [work(item)]
+            yield from _result(future) or [work(item)]
     except BrokenProcessPool as error:
         raise SFTError(
             "a process that prepares data was killed, as systems do when memory runs out",
@@ -81,6 +82,16 @@ def in_order(
         executor.shutdown(cancel_futures=True)
     if failed is not None:
         raise failed
+
+
+def _result(future: Future[list[Result]]) -> list[Result]:
+    """What the worker has found, in a list; an empty one where that can't go through pickle."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise
+    except Exception:  # the worker's own are suppressed
+        return []
 
 
 def _can_fork(workers: int) -> bool:

@@ -27,7 +27,7 @@ def _content(answer: str, language: str) -> str:
 def _is_json(answer: str) -> bool:
     try:
         json.loads(_content(answer, "json"))
-    except ValueError:
+    except (ValueError, RecursionError):  # a model that has gone wrong opens brackets without end
         return False
     return True
 

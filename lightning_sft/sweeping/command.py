@@ -41,8 +41,9 @@ def command(argv: Sequence[str]) -> None:
     options.check(parameters)
     every = space.grid(parameters) if plan.sampler == "grid" else []
     _check_metric(plan.metric, options.resolved)
-    config = [value for flag, value in zip(fit, [*fit[1:], ""], strict=True) if flag in ("--config", "-c")]
-    folder = Path(asked.folder) if asked.folder else SWEEPS / (Path(config[0]).stem if config else "sweep")
+    config = options.config.fit.config
+    name = Path(str(config[0])).stem if config else "sweep"
+    folder = Path(asked.folder) if asked.folder else SWEEPS / name
     _claim(folder, {"fit": options.resolved, "sweep": plan.as_json()})
     try:
         study = Study(folder, plan, options)
@@ -141,7 +142,7 @@ def _claim(folder: Path, definition: dict[str, Any]) -> None:
         )
     text = json.dumps(definition, indent=2, ensure_ascii=False)
     if not path.exists():
-        path.write_text(text + "\n", encoding="utf-8")
+        results.write_whole(path, text + "\n")
         return
     before, now = (
         resume.flat(each["fit"], False) | resume.flat(each["sweep"], False)

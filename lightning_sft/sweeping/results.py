@@ -64,7 +64,7 @@ def write(folder: Path, trials: Sequence[Trial], metric: str, mode: str) -> None
             for trial in trials
         ],
     }
-    _write(folder / RESULTS, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / RESULTS, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     partial = folder / f"{TABLE}.partial"
     with partial.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
@@ -75,7 +75,7 @@ def write(folder: Path, trials: Sequence[Trial], metric: str, mode: str) -> None
     partial.replace(folder / TABLE)
     if best is not None:
         config = config_of(best.folder).read_text(encoding="utf-8")
-        _write(folder / BEST, f"# trial {best.number} of {folder}: {metric} {best.value!r}\n{config}")
+        write_whole(folder / BEST, f"# trial {best.number} of {folder}: {metric} {best.value!r}\n{config}")
 
 
 def show(folder: Path, trials: Sequence[Trial], metric: str, mode: str) -> None:
@@ -109,7 +109,7 @@ def config_of(folder: Path) -> Path:
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write it there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _write(config_of(folder), yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    write_whole(config_of(folder), yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
 
 def shortened(keys: Sequence[str]) -> dict[str, str]:
@@ -136,7 +136,8 @@ def _exact(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there wholly or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

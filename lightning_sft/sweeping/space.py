@@ -83,7 +83,9 @@ class Parameter:
                 where=f"--search {self.key}",
                 fix="give choice, int, or uniform with a step; or another --sampler",
             )
-        return [low + step * number for number in range(int((high - low) / step + 1e-9) + 1)]
+        every = [low + step * number for number in range(int((high - low) / step + 1e-9) + 1)]
+        # 0.3, not the 0.30000000000000004 of 0.1 + 2 · 0.1, which is out of range
+        return every if self.kind == "int" else [float(f"{value:.12g}") for value in every]
 
     def _label(self, value: Any) -> Scalar:
         return value if value is None or isinstance(value, bool | int | float | str) else _text(value)

@@ -9,6 +9,7 @@ and Ullman, Mining of Massive Datasets, chapter 3.4). Each candidate is then com
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import metadata
 from importlib.util import find_spec
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -67,6 +68,9 @@ class NearDuplicates(SetFilter):
             raise SFTError(
                 "NearDuplicates needs rensa", where="data.filters", fix='pip install "lightning-sft[dedup]"'
             )
+        self.made_by = (
+            f"rensa {metadata.version('rensa')}"  # another one may find others: data is prepared anew
+        )
         self.threshold = threshold
         self.part: Part = part
         self.shingle = shingle

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -104,7 +106,7 @@ def made(sources, renderer, filters, folder=None, **given) -> Prepared:
 
 
 def listed(prepared: Prepared) -> list[dict[str, object]]:
-    return [json.loads(line) for line in prepared.examples.filtered.read_text().splitlines()]
+    return [json.loads(line) for line in prepared.examples.filtered.tobytes().decode().splitlines()]
 
 
 def by_hand(rows: list[list[str]], filters: list[Filter]) -> tuple[list[str], list[tuple[int, int, int]]]:
@@ -252,13 +254,14 @@ def test_what_is_listed_has_place_reason_score_and_detail(tmp_path, renderer):
     ]  # fmt: skip
 
 
-def test_a_score_that_json_has_no_number_for_is_null(tmp_path, renderer):
-    class Infinite(Filter):
+def test_a_score_that_json_has_no_number_for_is_null_and_a_librarys_is_a_number(tmp_path, renderer):
+    class Scoring(Filter):
         def judge(self, conversation):
-            return Verdict("too much", float("inf"))
+            scores = {"a": float("inf"), "b": np.float32(0.5), "c": np.int64(7)}
+            return Verdict("too much", scores[answer(conversation)])
 
-    source = write(tmp_path / "rows.jsonl", [["a"]])
-    assert listed(made([source], renderer, [Infinite()]))[0]["score"] is None
+    source = write(tmp_path / "rows.jsonl", [["a"], ["b"], ["c"]])
+    assert [each["score"] for each in listed(made([source], renderer, [Scoring()]))] == [None, 0.5, 7]
 
 
 class Alone(Texts):
@@ -324,9 +327,18 @@ def test_what_was_dropped_is_kept_with_the_rest(chain, tmp_path, renderer):
     assert listed(again) == listed(first) == listed(made([source], renderer, chain))
     assert accounts(again) == accounts(first)
     (entry,) = entries(folder)
+    (entry / "filtered").unlink()  # what is mapped stays
     (entry / "filtered").write_text("")
     with pytest.warns(UserWarning, match="damaged.*filtered.*prepared anew"):
         assert listed(made([source], renderer, chain, folder)) == listed(first)
+
+
+def test_what_was_dropped_is_there_though_the_entry_was_removed_meanwhile(tmp_path, renderer):
+    folder = tmp_path / "cache"
+    prepared = made([write(tmp_path / "rows.jsonl", [["a"], ["a"]])], renderer, [Often()], folder)
+    (entry,) = entries(folder)
+    shutil.rmtree(entry)
+    assert [each["row"] for each in listed(prepared)] == [2]
 
 
 class Opaque(Filter):
@@ -398,6 +410,14 @@ class Judging(Looking):
     def begin(self):
         return lambda seen: Verdict() if seen != "x" else {}["x"]
 
+class Scoring(Filter):
+    def judge(self, conversation):
+        return Verdict("bad", "high") if text(conversation) == "x" else Verdict()
+
+class Telling(Judging):
+    def begin(self):
+        return lambda seen: Verdict("bad", detail=b"x") if seen == "x" else Verdict()
+
 class Deciding(Judging):
     def begin(self):
         return lambda seen: Verdict() if seen != "x" else False
@@ -413,6 +433,8 @@ class Deciding(Judging):
         ("Answering", "filter Answering (strange 2.5) gave a bool instead of a Verdict"),
         ("Looking", "filter Looking (strange 2.5) failed: KeyError: 'x'"),
         ("Judging", "filter Judging (strange 2.5) failed: KeyError: 'x'"),
+        ("Scoring", "filter Scoring (strange 2.5) gave a str as a verdict's score"),
+        ("Telling", "filter Telling (strange 2.5) gave a bytes as a verdict's detail"),
         ("Deciding", "filter Deciding (strange 2.5) gave a bool instead of a Verdict"),
     ],
 )

@@ -69,6 +69,11 @@ def test_an_error_is_raised_after_the_results_before_it_and_as_it_is():
         next(results)
 
 
+def test_a_result_that_cannot_be_pickled_is_made_here():
+    results = list(in_order(lambda number: (lambda: number) if number == 5 else number, range(9), 2, alone=1))
+    assert [each() if callable(each) else each for each in results] == list(range(9))
+
+
 def test_what_is_wrong_with_an_item_comes_before_an_error_of_reading_the_next():
     def items():
         yield from range(6)

@@ -243,6 +243,7 @@ def test_formats_are_valid_or_not(tmp_path):
     assert values(results) == {("references", "valid_json"): pytest.approx(2 / 3)}
     assert is_valid_format("<a>b</a>", "xml")
     assert not is_valid_format("<a>b</b>", "xml")
+    assert not is_valid_format("[" * 5000, "json")
 
 
 # ------------------------------------------------------------------------------------------------------- labels

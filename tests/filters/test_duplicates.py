@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from importlib import metadata
 
 import pytest
 from hypothesis import given, settings
@@ -165,3 +166,10 @@ def test_without_rensa_it_says_what_to_install(monkeypatch):
     with pytest.raises(SFTError, match="needs rensa") as caught:
         NearDuplicates()
     assert "lightning-sft[dedup]" in caught.value.fix
+
+
+def test_what_another_rensa_kept_is_prepared_anew(monkeypatch):
+    before = vars(NearDuplicates())
+    assert before == vars(NearDuplicates())
+    monkeypatch.setattr(metadata, "version", lambda name: "99")
+    assert before != vars(NearDuplicates())

@@ -61,6 +61,7 @@ def test_a_grid_is_every_combination():
     ]  # fmt: skip
     assert found[-1] == {"a": "[1]", "b": 3, "c": 1.0}
     assert read(["a=choice(x,[1])"])[0].value("[1]") == [1]
+    assert grid([one("uniform(0.1,0.3,step=0.1)")]) == [{"a.b": 0.1}, {"a.b": 0.2}, {"a.b": 0.3}]
 
 
 @pytest.mark.parametrize("text", ["uniform(0,1)", "log_uniform(1,2)", "log_int(1,4)"])

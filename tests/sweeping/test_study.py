@@ -282,6 +282,31 @@ def test_mistakes_of_the_command_line_are_told(tmp_path, monkeypatch, capsys):
     assert "pip install 'lightning-sft[sweep]'" in fails(capsys, *search, *FIT)
 
 
+def test_the_folder_is_named_after_the_config(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text(json.dumps({"data": {"train": "tiny:train", "val": "tiny:held_out"}}))
+    arguments = ["--config=my.yaml", "--model.base=tiny", "--search", SEARCH[0], "--timeout=0"]
+    assert main(["sweep", *arguments]) == 0
+    assert "The sweep is in sweeps/my" in capsys.readouterr().out
+
+
+def test_a_definition_that_was_not_written_to_its_end_is_not_there(tmp_path, options, monkeypatch):
+    definition = {"fit": options.resolved, "sweep": Plan(read(SEARCH)).as_json()}
+    write_text = Path.write_text
+
+    def killed(path, text, **given):
+        write_text(path, text[:9], **given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            command._claim(tmp_path, definition)
+    run_folder.unlock(tmp_path)
+    command._claim(tmp_path, definition)
+    run_folder.unlock(tmp_path)
+
+
 def test_no_two_sweeps_share_a_folder(tmp_path, options):
     plan = Plan(read(SEARCH)).as_json()
     command._claim(tmp_path, {"fit": options.resolved, "sweep": plan})
