@@ -40,14 +40,15 @@ def load(model_folder):
 
 
 def ids_of(tokenizer, context: str, continuation: str) -> tuple[list[int], int]:
-    """The definition: all ids cut at the left to the context and one more, and how many are scored."""
+    """The definition: the context's own ids, then what all ids have beyond as many, cut at the left; and how many."""
     kept = context.rstrip()
     continuation, context = context[len(kept) :] + continuation, kept
     if not context:
         scored = tokenizer.encode(continuation, add_special_tokens=False)
         return [tokenizer.eos_token_id, *scored], len(scored)
-    whole = tokenizer.encode(context + continuation)
-    return whole[-(CONTEXT + 1) :], len(whole) - len(tokenizer.encode(context))
+    before = tokenizer.encode(context)
+    scored = tokenizer.encode(context + continuation)[len(before) :]
+    return [*before, *scored][-(CONTEXT + 1) :], len(scored)
 
 
 @torch.no_grad()
@@ -134,6 +135,10 @@ def test_a_tokenizer_that_merges_across_the_boundary(load):
     assert [token] != tokenizer.encode(" t") + tokenizer.encode("he")
     with pytest.raises(SFTError, match="no tokens of its own"):
         Scorer(model, tokenizer).run([LogLikelihood(" t", "he")])
+    before, (the, user, asks) = tokenizer.encode(" t"), tokenizer.encode(" the user asks")
+    assert before not in ([the], [the, user])  # " the user" took their place: only " asks" is left, after " t"
+    (found,) = Scorer(model, tokenizer).run([LogLikelihood(" t", "he user asks")])
+    assert found.log_likelihood == pytest.approx(slow(model, [*before, asks], 1)[0], rel=1e-5)
 
 
 def test_a_context_of_one_token(load):
