@@ -70,6 +70,16 @@ def test_log_likelihoods_are_those_of_each_request_alone(load, family):
         assert (response.tokens, response.greedy) == (count, greedy)
 
 
+def test_continuations_that_fit_one_by_one_are_scored_in_the_last_positions_of_a_model(load):
+    model, tokenizer = load("gpt2")  # learned positions: there is none beyond the context
+    assert model.config.n_positions == CONTEXT
+    requests = [LogLikelihood(" a" * n, end) for n in (CONTEXT - 6, CONTEXT - 30) for end in CONTINUATIONS]
+    for request, response in zip(requests, Scorer(model, tokenizer).run(requests), strict=True):
+        ids, count = ids_of(tokenizer, request.context, request.continuation)
+        assert len(ids) <= CONTEXT
+        assert response.log_likelihood == pytest.approx(slow(model, ids, count)[0], rel=2e-5, abs=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_shared_depends_on_the_model(load, family):
     forward = Scorer(*load(family), context_length=CONTEXT)._forward
@@ -136,7 +146,10 @@ def test_a_tokenizer_that_merges_across_the_boundary(load):
     with pytest.raises(SFTError, match="no tokens of its own"):
         Scorer(model, tokenizer).run([LogLikelihood(" t", "he")])
     before, (the, user, asks) = tokenizer.encode(" t"), tokenizer.encode(" the user asks")
-    assert before not in ([the], [the, user])  # " the user" took their place: only " asks" is left, after " t"
+    assert before not in (
+        [the],
+        [the, user],
+    )  # " the user" took their place: only " asks" is left, after " t"
     (found,) = Scorer(model, tokenizer).run([LogLikelihood(" t", "he user asks")])
     assert found.log_likelihood == pytest.approx(slow(model, [*before, asks], 1)[0], rel=1e-5)
 
