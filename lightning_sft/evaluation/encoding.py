@@ -1,7 +1,8 @@
 """Requests as token ids, with the definitions of lm-evaluation-harness 0.4.
 
-The continuation's ids are those of context and continuation together, from where the ids of the context alone end;
-white space at the context's end goes into the continuation first. What doesn't fit goes first at the left.
+The continuation's ids are those of context and continuation together, from where the ids of the context alone end, and
+are scored after the ids of the context alone, also where the two together would be merged across the boundary. White
+space at the context's end goes into the continuation first. What doesn't fit goes first at the left.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class RequestEncoder:
     def _encode_pairs(
         self, pairs: Sequence[tuple[str, str]]
     ) -> dict[tuple[str, str], tuple[tuple[int, ...], int]]:
-        """Of each context that isn't empty, with its continuation: the ids, and how many the context alone hasn't."""
+        """Of each context that isn't empty, with its continuation: the ids, and how many of them are scored."""
         places = {context: cut(context) if self._can_cut else 0 for context in {pair[0] for pair in pairs}}
         heads = self._encode({context[:place] for context, place in places.items() if place})
         found, todo = {}, list(dict.fromkeys(pair for pair in pairs if pair[0]))
@@ -141,11 +142,11 @@ class RequestEncoder:
         for context, continuation in todo:
             if place := places[context]:
                 head, tail = heads[context[:place]], context[place:]
-                after = ends[tail + continuation]
-                found[context, continuation] = head + after, len(after) - len(ends[tail])
+                before, after = ends[tail], ends[tail + continuation]
             else:
-                ids = encoded[context + continuation]
-                found[context, continuation] = ids, len(ids) - len(encoded[context])
+                head, before, after = (), encoded[context], encoded[context + continuation]
+            own = after[len(before) :]
+            found[context, continuation] = head + before + own, len(own)
         return found
 
     def windows(self, requests: Sequence[RollingLogLikelihood]) -> list[list[Scored]]:

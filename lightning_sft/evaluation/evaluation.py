@@ -17,6 +17,7 @@ import torch
 
 from lightning_sft import __version__
 from lightning_sft.bases import Evaluator
+from lightning_sft.data.cache import NotCached, renderer_facts
 from lightning_sft.errors import SFTError
 from lightning_sft.evaluation.journal import Journal, answered_before
 from lightning_sft.evaluation.paired import Difference, differences
@@ -25,12 +26,14 @@ from lightning_sft.evaluation.results import Record, Results
 from lightning_sft.evaluation.scorer import Scorer
 from lightning_sft.training.fingerprint import weights_digest
 from lightning_sft.training.fsdp2 import is_sharded
+from lightning_sft.training.layout import causal_lm
 from lightning_sft.training.models import load_model, load_trained
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from lightning_sft.rendering import Renderer
     from lightning_sft.training.module import SFTModule
 
 RESULTS, ITEMS = "results.json", "evaluation"
@@ -151,7 +154,7 @@ class Evaluation:
         """All items answered, by this process or the others."""
         trainer = module.trainer
         rank, world = _share_of(module)
-        journal = Journal(self.folder / ITEMS / part / name, _identity(scorer), rank)
+        journal = Journal(self.folder / ITEMS / part / name, _identity(scorer, str(trainer.precision)), rank)
         known = answered_before(items, journal.known())
         trainer.strategy.barrier()  # before any process rewrites its file
         left = [number for number in range(len(items)) if number not in known]
@@ -242,16 +245,38 @@ def _gathered(mine: dict[int, Answered], world: int) -> list[dict[int, Answered]
     return gathered
 
 
-def _identity(scorer: Scorer) -> dict[str, object]:
-    """What responses depend on."""
-    chat = scorer.encoder.renderer.chat_template
+def _identity(scorer: Scorer, precision: str) -> dict[str, object]:
+    """What responses depend on, beside the requests."""
+    inner = causal_lm(scorer.model)
+    adapters = getattr(scorer.model, "peft_config", {})
+    configured = [inner.config.to_dict(), inner.generation_config.to_dict(), *map(vars, adapters.values())]
     return {
         "weights": weights_digest(scorer.model),
-        "tokenizer": len(scorer.tokenizer),
-        "chat template": hashlib.sha256(chat.encode()).hexdigest()[:16],
+        "configuration": _hashed(json.dumps(configured, default=_sorted)),
+        "precision": precision,
+        "tokenizer and chat template": _hashed(
+            json.dumps(_rendering(scorer.encoder.renderer), sort_keys=True)
+        ),
         "context": scorer.encoder.context_length,
-        "version": __version__,
+        "versions": _versions(),
     }
+
+
+def _rendering(renderer: Renderer) -> object:
+    try:
+        return renderer_facts(renderer)
+    except NotCached:  # a slow tokenizer, whose settings can't be compared in full
+        tokenizer = renderer.tokenizer
+        return [renderer.chat_template, tokenizer.get_vocab(), str(tokenizer.special_tokens_map)]
+
+
+def _sorted(value: object) -> object:
+    """Sets in an order that is the same in each process; what JSON has no type for as text."""
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
+
+
+def _hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _facts(module: SFTModule) -> dict[str, object]:

@@ -191,7 +191,8 @@ def _branching(rows: Sequence[Row], shared: int, longest: int) -> tuple[Tensor, 
     """Which slots each position sees, bool `[rows, 1, longest, shared + longest]`, and its position in its text."""
     seen = torch.ones(longest, shared + longest, dtype=torch.bool).tril(shared)
     mask = seen.repeat(len(rows), 1, 1)
-    positions = torch.arange(shared, shared + longest).repeat(len(rows), 1)
+    last = max(row.trunk for row in rows) - 1  # padding is given no position that the model may not have
+    positions = torch.arange(shared, shared + longest).clamp(max=last).repeat(len(rows), 1)
     for number, row in enumerate(rows):
         for start, end in row.branches:
             mask[number, start - shared : end - shared, row.trunk : start] = False

@@ -37,11 +37,12 @@ class Journal:
         """Pass on what was answered, with each item written when it comes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = _read(self.path, self.model)
-        with self.path.open("w", encoding="utf-8") as file:  # anew: the last line may have been cut off
+        fresh = self.path.with_suffix(".partial")  # anew: the last line may have been cut off
+        with fresh.open("w", encoding="utf-8") as file:
             file.write(json.dumps({"model": self.model}) + "\n")
-            for key, responses in kept.items():
-                file.write(_line(key, responses))
-            file.flush()
+            file.writelines(_line(key, responses) for key, responses in kept.items())
+        fresh.replace(self.path)
+        with self.path.open("a", encoding="utf-8") as file:
             for number, each in answered:
                 file.write(_line(each.item.key, each.responses))
                 file.flush()

@@ -40,14 +40,15 @@ def load(model_folder):
 
 
 def ids_of(tokenizer, context: str, continuation: str) -> tuple[list[int], int]:
-    """The definition: all ids cut at the left to the context and one more, and how many are scored."""
+    """The definition: the context's own ids, then what all ids have beyond as many, cut at the left; and how many."""
     kept = context.rstrip()
     continuation, context = context[len(kept) :] + continuation, kept
     if not context:
         scored = tokenizer.encode(continuation, add_special_tokens=False)
         return [tokenizer.eos_token_id, *scored], len(scored)
-    whole = tokenizer.encode(context + continuation)
-    return whole[-(CONTEXT + 1) :], len(whole) - len(tokenizer.encode(context))
+    before = tokenizer.encode(context)
+    scored = tokenizer.encode(context + continuation)[len(before) :]
+    return [*before, *scored][-(CONTEXT + 1) :], len(scored)
 
 
 @torch.no_grad()
@@ -67,6 +68,16 @@ def test_log_likelihoods_are_those_of_each_request_alone(load, family):
         total, greedy = slow(model, ids, count)
         assert response.log_likelihood == pytest.approx(total, rel=2e-5, abs=1e-4)
         assert (response.tokens, response.greedy) == (count, greedy)
+
+
+def test_continuations_that_fit_one_by_one_are_scored_in_the_last_positions_of_a_model(load):
+    model, tokenizer = load("gpt2")  # learned positions: there is none beyond the context
+    assert model.config.n_positions == CONTEXT
+    requests = [LogLikelihood(" a" * n, end) for n in (CONTEXT - 6, CONTEXT - 30) for end in CONTINUATIONS]
+    for request, response in zip(requests, Scorer(model, tokenizer).run(requests), strict=True):
+        ids, count = ids_of(tokenizer, request.context, request.continuation)
+        assert len(ids) <= CONTEXT
+        assert response.log_likelihood == pytest.approx(slow(model, ids, count)[0], rel=2e-5, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -134,6 +145,13 @@ def test_a_tokenizer_that_merges_across_the_boundary(load):
     assert [token] != tokenizer.encode(" t") + tokenizer.encode("he")
     with pytest.raises(SFTError, match="no tokens of its own"):
         Scorer(model, tokenizer).run([LogLikelihood(" t", "he")])
+    before, (the, user, asks) = tokenizer.encode(" t"), tokenizer.encode(" the user asks")
+    assert before not in (
+        [the],
+        [the, user],
+    )  # " the user" took their place: only " asks" is left, after " t"
+    (found,) = Scorer(model, tokenizer).run([LogLikelihood(" t", "he user asks")])
+    assert found.log_likelihood == pytest.approx(slow(model, [*before, asks], 1)[0], rel=1e-5)
 
 
 def test_a_context_of_one_token(load):
