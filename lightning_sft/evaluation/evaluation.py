@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 
 from lightning_sft import __version__
 from lightning_sft.bases import Evaluator
+from lightning_sft.data.cache import NotCached, digest, renderer_facts
 from lightning_sft.errors import SFTError
 from lightning_sft.evaluation.journal import Journal, answered_before
 from lightning_sft.evaluation.paired import Difference, differences
@@ -151,7 +151,7 @@ class Evaluation:
         """All items answered, by this process or the others."""
         trainer = module.trainer
         rank, world = _share_of(module)
-        journal = Journal(self.folder / ITEMS / part / name, _identity(scorer), rank)
+        journal = Journal(self.folder / ITEMS / part / name, _identity(scorer, str(trainer.precision)), rank)
         known = answered_before(items, journal.known())
         trainer.strategy.barrier()  # before any process rewrites its file
         left = [number for number in range(len(items)) if number not in known]
@@ -242,13 +242,17 @@ def _gathered(mine: dict[int, Answered], world: int) -> list[dict[int, Answered]
     return gathered
 
 
-def _identity(scorer: Scorer) -> dict[str, object]:
-    """What responses depend on."""
-    chat = scorer.encoder.renderer.chat_template
+def _identity(scorer: Scorer, precision: str) -> dict[str, object]:
+    """What responses depend on, beside what is asked."""
+    renderer = scorer.encoder.renderer
+    try:
+        rendering = digest(renderer_facts(renderer))
+    except NotCached:  # a slow tokenizer, which can't be compared
+        rendering = f"{renderer.chat_template} {len(scorer.tokenizer)}"
     return {
         "weights": weights_digest(scorer.model),
-        "tokenizer": len(scorer.tokenizer),
-        "chat template": hashlib.sha256(chat.encode()).hexdigest()[:16],
+        "precision": precision,
+        "tokenizer, template": rendering,
         "context": scorer.encoder.context_length,
         "version": __version__,
     }

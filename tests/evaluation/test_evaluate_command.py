@@ -180,6 +180,18 @@ def test_responses_of_another_model_are_not_taken(here, monkeypatch):
     assert [record["scores"] for record in records(here / "one", "MMLU")] != before
 
 
+def test_responses_in_another_precision_are_not_taken(here, capsys):
+    found = []
+    for precision in ("32-true", "bf16-mixed", "bf16-mixed"):
+        assert (
+            main(["evaluate", "--config", "my.yaml", "--output", "two", "--trainer.precision", precision])
+            == 0
+        )
+        found.append([record["scores"] for record in records(here / "two", "MMLU")])
+    assert found[0] != found[1] == found[2]
+    assert capsys.readouterr().out.count("MMLU: 9 of 9 items were answered before") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
