@@ -19,7 +19,7 @@ class Difference:
 
     Args:
         metric: The metric.
-        items: How many items both have.
+        items: How many items have it with both.
         before: Its mean with the first model.
         after: Its mean with the second model.
         low: Lower end of the difference's 95 % interval: paired bootstrap over items, 2,000 resamples.
@@ -42,13 +42,15 @@ class Difference:
 
 
 def differences(before: Sequence[Record], after: Sequence[Record], seed: int = 0) -> list[Difference]:
-    """The difference in each metric that all records have; of items in both."""
+    """The difference in each metric, over the items that have it in both."""
     old = {(each.task, each.number): each for each in before}
-    pairs = [(old[each.task, each.number], each) for each in after if (each.task, each.number) in old]
-    if not pairs:
-        return []
-    shared = [m for m in pairs[0][1].metrics if all(m in each.metrics for pair in pairs for each in pair)]
-    return [_difference(metric, pairs, seed) for metric in shared]
+    pairs: dict[str, list[tuple[Record, Record]]] = {}
+    for each in after:
+        base = old.get((each.task, each.number))
+        for metric in each.metrics if base else ():
+            if base and metric in base.metrics:
+                pairs.setdefault(metric, []).append((base, each))
+    return [_difference(metric, both, seed) for metric, both in pairs.items()]
 
 
 def _difference(metric: str, pairs: Sequence[tuple[Record, Record]], seed: int) -> Difference:

@@ -100,6 +100,8 @@ class SFTTrainer(Trainer):
     ) -> Path:
         """Where the results go."""
         if output is not None:
+            if any(each.is_file() for each in (Path(output), *Path(output).parents)):
+                raise SFTError(f"{output} is no folder", where="--output", fix="give a folder, new or not")
             return Path(output)
         for place in (source and Path(source), ckpt_path and Path(ckpt_path).parent.parent):
             if place and (place / CONFIG).is_file():

@@ -12,7 +12,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lightning_sft import Message, Row, RowTemplate, SFTError, Source, read_rows
+from lightning_sft import (
+    Item,
+    Message,
+    Record,
+    Results,
+    Row,
+    RowTemplate,
+    SFTError,
+    Source,
+    read_rows,
+    scores_by_task,
+)
 from lightning_sft_evaluators.prompts import FewShot, chosen
 
 Prompt = str | tuple[Message, ...]
@@ -105,16 +116,34 @@ class Declared:
         self.limit, self.seed = limit, seed
         self.chat, self.turns = chat, turns
 
-    def asked(self, columns: Collection[str], shot: Callable[[Row], Shot]) -> Iterator[Asked]:
-        """The rows that are asked, each with its examples.
+    def items(
+        self, columns: Collection[str], shot: Callable[[Row], Shot], item: Callable[[Asked], Item]
+    ) -> list[Item]:
+        """One item for each row that is asked, in the order of the data.
 
         Args:
             columns: What is read of a row, for errors.
             shot: Makes an example of a row.
+            item: Makes an item of a row and its examples.
 
         Raises:
             SFTError: The data isn't there, has too few rows for the examples, or a row can't be made one.
         """
+        items = []
+        for asked in self._asked(columns, shot):
+            with at(asked.where):
+                items.append(item(asked))
+        return items
+
+    def results(self, records: Sequence[Record]) -> Results:
+        """Each metric over all rows; with `task` over each part, too."""
+        metrics = records[0].metrics if records else ()
+        scores = [s for metric in metrics for s in scores_by_task(records, metric, self.name)]
+        if self.task is None:
+            scores = [score for score in scores if score.name == self.name]
+        return Results(tuple(scores), tuple(records))
+
+    def _asked(self, columns: Collection[str], shot: Callable[[Row], Shot]) -> Iterator[Asked]:
         rows = self._read(self.path, self.split, columns)
         pool: list[tuple[str, Row]] = []
         if self.shots:

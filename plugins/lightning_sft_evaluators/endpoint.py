@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from lightning_sft import SFTError
 
@@ -68,7 +69,7 @@ class Endpoint:
         Raises:
             SFTError: One doesn't, or it isn't; says which.
         """
-        if not self.base_url.startswith(("http://", "https://")):
+        if not _is_address(self.base_url):
             raise SFTError(
                 f"base_url is {self.base_url!r}", where=f"{where}.base_url", fix="give http://… or https://…"
             )
@@ -95,9 +96,10 @@ class Endpoint:
                 where=where,
                 fix="give price_input and price_output, per million tokens",
             )
-        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
+        key = os.environ.get(self.api_key_env or "", "")
+        if self.api_key_env is not None and not (key.strip() and key.strip().isascii()):
             raise SFTError(
-                f"the environment variable {self.api_key_env} is not set",
+                f"the environment variable {self.api_key_env} {'holds no key' if key else 'is not set'}",
                 where=f"{where}.api_key_env",
                 fix="put the API key into it; null where the endpoint needs none",
             )
@@ -207,9 +209,13 @@ class Asker:
 
             workers = ThreadPoolExecutor(self.endpoint.concurrency)
             with Client(timeout=self.endpoint.timeout) as client, workers as pool:
-                found.update(
-                    zip(unasked, pool.map(lambda each: self._ask(client, each), unasked), strict=True)
-                )
+                try:
+                    found.update(
+                        zip(unasked, pool.map(lambda each: self._ask(client, each), unasked), strict=True)
+                    )
+                except BaseException:  # an interrupt, too: nothing more is sent
+                    self._over.set()
+                    raise
             if self._over.is_set():
                 raise SFTError(
                     f"the endpoint refuses the request: {self._refusal}",
@@ -243,7 +249,7 @@ class Asker:
 
         headers = {}
         if self.endpoint.api_key_env is not None:
-            headers["Authorization"] = f"Bearer {os.environ[self.endpoint.api_key_env]}"
+            headers["Authorization"] = f"Bearer {os.environ[self.endpoint.api_key_env].strip()}"
         url = f"{self.endpoint.base_url.rstrip('/')}/chat/completions"
         try:
             response = client.post(url, json=self._body(prompt), headers=headers)
@@ -263,7 +269,7 @@ class Asker:
 
     def _shown(self, text: str) -> str:
         """The beginning of what an endpoint says, without the key, should it repeat it."""
-        key = os.environ.get(self.endpoint.api_key_env or "")
+        key = os.environ.get(self.endpoint.api_key_env or "", "").strip()
         return (text.replace(key, "…") if key else text)[:200]
 
     def _body(self, prompt: str) -> Mapping[str, object]:
@@ -317,6 +323,14 @@ class Asker:
             told = {"base_url": self.endpoint.base_url, "request": self._body(prompt), "reply": reply}
             partial.write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
             partial.replace(path)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port that is no number
+        return False
 
 
 def _retry_after(response: Response) -> float:

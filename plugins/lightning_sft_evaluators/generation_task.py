@@ -19,7 +19,6 @@ from lightning_sft import (
     RowExpression,
     RowTemplate,
     SFTError,
-    scores_by_task,
 )
 from lightning_sft_evaluators.declared import Asked, Declared, Shot, at
 from lightning_sft_evaluators.finds import find
@@ -81,41 +80,39 @@ class GenerationTask(Evaluator):
         temperature: float = 0.0,
         **declared: Any,
     ) -> None:
-        self.prompt = RowTemplate(prompt, "prompt")
-        self.answer = RowExpression(answer, "answer")
-        self.shot_answer = None if shot_answer is None else RowTemplate(shot_answer, "shot_answer")
-        self.extract = {
-            name: (_compiled(each.pattern, f"extract.{name}"), each.place)
-            for name, each in (extract or {}).items()
-        }
+        if max_new_tokens < 1 or temperature < 0:
+            raise SFTError(
+                f"max_new_tokens is {max_new_tokens}, temperature {temperature}",
+                where="GenerationTask",
+                fix="give 1 token or more, and a temperature of 0 or more",
+            )
+        with at("GenerationTask"):
+            self.declared = Declared(path=path, **declared)
+            self.prompt = RowTemplate(prompt, "prompt")
+            self.answer = RowExpression(answer, "answer")
+            self.shot_answer = None if shot_answer is None else RowTemplate(shot_answer, "shot_answer")
+            self.extract = {
+                name: (_compiled(each.pattern, f"extract.{name}"), each.place)
+                for name, each in (extract or {}).items()
+            }
+            self.ignore = [_compiled(pattern, "ignore") for pattern in ignore or ()]
         self.strip = strip
-        self.ignore = [_compiled(pattern, "ignore") for pattern in ignore or ()]
         self.ignore_case = ignore_case
         ignored = string.punctuation * ignore_punctuation + string.digits * ignore_numbers
         self.ignored = str.maketrans("", "", ignored)
         self.stop = tuple(stop or ())
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
-        self.declared = Declared(path=path, **declared)
 
     def requests(self) -> Sequence[Item]:
         """One item for each row, in the order of the data."""
         given = (self.prompt, self.answer, self.shot_answer)
         columns = {name for each in given if each is not None for name in each.columns}
-        items = []
-        for asked in self.declared.asked(columns, self._shot):
-            with at(asked.where):
-                items.append(self._item(asked))
-        return items
+        return self.declared.items(columns, self._shot, self._item)
 
     def score(self, answered: Sequence[Answered]) -> Results:
         """Exact match over all rows, for each way of extraction; with `task` over each part, too."""
-        records = tuple(self._judge(each) for each in answered)
-        metrics = list(records[0].metrics) if records else []
-        scores = [s for metric in metrics for s in scores_by_task(records, metric, self.declared.name)]
-        if self.declared.task is None:
-            scores = [score for score in scores if score.name == self.declared.name]
-        return Results(tuple(scores), records)
+        return self.declared.results([self._judge(each) for each in answered])
 
     def _item(self, asked: Asked) -> Item:
         question, targets = self.prompt.render(asked.row), self._targets(asked.row)

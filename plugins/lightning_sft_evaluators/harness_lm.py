@@ -33,6 +33,7 @@ Request = LogLikelihood | RollingLogLikelihood | Generate
 Response = Likelihood | Generated
 
 _CHAT = "\x00messages "  # marks a prompt that is messages, which the harness takes for text
+_MOST = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given
 _IGNORED = ("top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 
 
@@ -122,15 +123,16 @@ def request_of(instance: Instance) -> Request:
     context, options = instance.args
     until = options.get("until") or []
     until = [until] if isinstance(until, str) else until
-    drawn = bool(options.get("do_sample", options.get("temperature", 0.0)))
-    heat = float(options.get("temperature", 1.0)) if drawn else 0.0
+    drawn, heat = options.get("do_sample"), float(options.get("temperature") or 0.0)
+    heat = 0.0 if drawn is False else heat or float(bool(drawn) and "temperature" not in options)
+    most = next((options[name] for name in _MOST if options.get(name) is not None), 256)
     if heat and (instance.repeats or 1) > 1:
         raise SFTError(
             f"the task {instance.task_name} asks for {instance.repeats} draws of each answer",
             where="LMEvalHarness.tasks",
             fix="the same request gets the same answer here; set `gen_kwargs: {do_sample: false}`",
         )
-    return Generate(_prompt(context), tuple(until), int(options.get("max_gen_toks", 256)), heat)
+    return Generate(_prompt(context), tuple(until), int(most), heat)
 
 
 def ignored(instance: Instance) -> list[str]:

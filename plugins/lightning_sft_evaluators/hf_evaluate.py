@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from lightning_sft import Answered, DataFormat, Evaluator, Item, Record, Results, Score, SFTError
+from lightning_sft import Answered, Evaluator, Item, ItemText, Record, Results, Score, SFTError
 from lightning_sft_evaluators.references import ReferenceData, said
 
 if TYPE_CHECKING:
@@ -29,15 +29,8 @@ class HFEvaluate(Evaluator):
         config: The metric's configuration, where it has several.
         compute: What its `compute` is given besides predictions and references.
         higher_is_better: Which way is up.
-        format: The rows' format; auto finds the one that fits the columns.
-        subset: The configuration of a Hub dataset.
-        split: The split of a Hub dataset.
-        limit: Only so many rows: the first; with `seed`, some at random.
-        seed: Seed of that choice.
-        stop: Texts that end an answer.
-        max_new_tokens: Most tokens of an answer.
-        temperature: 0 takes the likeliest token each time; else tokens are drawn, each time alike.
         name: What the scores are called; by default the metric's.
+        **data: The rows' format, which of them, and how they are answered.
     """
 
     def __init__(
@@ -48,19 +41,10 @@ class HFEvaluate(Evaluator):
         config: str | None = None,
         compute: dict[str, Any] | None = None,
         higher_is_better: bool = True,
-        format: DataFormat | Literal["auto"] = "auto",
-        subset: str | None = None,
-        split: str | None = None,
-        limit: int | None = None,
-        seed: int | None = None,
-        stop: list[str] | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
         name: str | None = None,
+        **data: Any,
     ) -> None:
-        self.data = ReferenceData(
-            path, format, subset, split, limit, seed, tuple(stop or ()), max_new_tokens, temperature
-        )
+        self.data = ReferenceData(path, **data)
         self.data.check("HFEvaluate")
         self.metric = metric
         self.trust_remote_code = trust_remote_code
@@ -73,6 +57,10 @@ class HFEvaluate(Evaluator):
         """One item for each row; the metric is loaded, so that nothing is asked in vain."""
         self._load()
         return self.data.items(self.name)
+
+    def texts(self) -> Sequence[ItemText]:
+        """As the base class's, without the metric, whose program isn't run for it."""
+        return [item.exposed for item in self.data.items(self.name)]
 
     def score(self, answered: Sequence[Answered]) -> Results:
         """Each number that the metric gives; of lists with a value for each row the mean, too.

@@ -140,9 +140,9 @@ def _number_of_paragraphs(answer: str, options: Options) -> bool:
 
 
 def _first_word(answer: str, options: Options) -> bool:
-    paragraphs = [part for part in re.split(r"\n\s*\n", answer) if part.strip()]
-    place = _number(options, "nth_paragraph") - 1
-    if len(paragraphs) != _number(options, "num_paragraphs") or not 0 <= place < len(paragraphs):
+    paragraphs = answer.split("\n\n")  # blank ones don't count, but have a place, as in the paper's code
+    filled, place = sum(bool(part.strip()) for part in paragraphs), _number(options, "nth_paragraph") - 1
+    if filled != _number(options, "num_paragraphs") or not 0 <= place < filled:
         return False
     word = re.split(r"[.,?!'\"\s]", paragraphs[place].strip().lstrip("'\""), maxsplit=1)[0]
     return word.lower() == _text(options, "first_word").lower()
@@ -151,7 +151,7 @@ def _first_word(answer: str, options: Options) -> bool:
 def _postscript(answer: str, options: Options) -> bool:
     marker = _text(options, "postscript_marker")
     spaced = re.sub(r"\\\.(?=\w)", r"\\.\\s?", re.escape(marker))
-    return re.search(rf"(?<!\w){spaced}", answer, re.IGNORECASE) is not None
+    return re.search(spaced, answer, re.IGNORECASE) is not None
 
 
 def _bullets(answer: str, options: Options) -> bool:
@@ -160,8 +160,9 @@ def _bullets(answer: str, options: Options) -> bool:
 
 
 def _highlights(answer: str, options: Options) -> bool:
-    found = re.findall(r"\*\*([^\n*]+)\*\*|\*([^\n*]+)\*", answer)
-    return sum(any(map(str.strip, pair)) for pair in found) >= _number(options, "num_highlights")
+    """Runs between asterisks and runs between two, as the paper's code counts them: `***a***` is both."""
+    found = re.findall(r"\*([^\n*]*)\*", answer) + re.findall(r"\*\*([^\n*]*)\*\*", answer)
+    return sum(bool(text.strip()) for text in found) >= _number(options, "num_highlights")
 
 
 def _sections(answer: str, options: Options) -> bool:
@@ -170,9 +171,9 @@ def _sections(answer: str, options: Options) -> bool:
 
 
 def _is_json(answer: str, options: Options) -> bool:
-    inside = re.fullmatch(r"```(?:json)?(.*)```", answer.strip(), re.DOTALL | re.IGNORECASE)
+    inside = re.sub(r"^```(?:json)?", "", answer.strip(), flags=re.IGNORECASE).removesuffix("```")
     try:
-        json.loads(inside.group(1) if inside else answer)
+        json.loads(inside)
     except ValueError:
         return False
     return True

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from lightning_sft import Answered, Evaluator, Item, Results, SFTError
+from lightning_sft import Answered, Evaluator, Item, ItemText, Results, SFTError
 from lightning_sft_evaluators.endpoint import Asker, Endpoint, Reply
 from lightning_sft_evaluators.judge_data import read_answers, read_questions, read_template
 from lightning_sft_evaluators.judge_styles import MT_BENCH_TEMPERATURES, Pairwise, Single
@@ -75,6 +75,13 @@ class Judge(Evaluator):
     def requests(self) -> Sequence[Item]:
         """One item for each question."""
         self.endpoint.check("Judge.endpoint")
+        return self._items()
+
+    def texts(self) -> Sequence[ItemText]:
+        """As the base class's, without the endpoint, whose key isn't needed for it."""
+        return [item.exposed for item in self._items()]
+
+    def _items(self) -> list[Item]:
         asked = read_questions(self.questions)
         asked = [asked[place] for place in chosen(len(asked), self.limit, self.seed)]
         answers: Sequence[str | None] = [None] * len(asked)
@@ -106,8 +113,8 @@ class Judge(Evaluator):
             raise SFTError(
                 note,
                 where="Judge.max_unjudged",
-                fix=f"it is {self.max_unjudged:g}; replies are kept in {self.endpoint.cache}: run it again to ask for "
-                "those that failed, or choose another model or prompt",
+                fix=f"it is {self.max_unjudged:g}; run it again to ask for those that failed (other replies are in "
+                f"{self.endpoint.cache or 'no cache'}), or choose another model or prompt",
             )
         results = self.style.results(answered, baselines, verdicts)
         return replace(results, notes=(note,) if missing else ())

@@ -16,7 +16,6 @@ from lightning_sft import (
     RowExpression,
     RowTemplate,
     SFTError,
-    scores_by_task,
 )
 from lightning_sft_evaluators.choice_rows import AnswerAs, checked, index_of, labelled, parsed
 from lightning_sft_evaluators.choice_scores import Metric, judged
@@ -75,18 +74,19 @@ class MultipleChoice(Evaluator):
             )
         default: list[Metric] = ["acc"] if continuation is not None else ["acc", "acc_norm"]
         self.metrics = metrics or default
-        self.prompt = RowTemplate(prompt, "prompt")
-        self.choices = (
-            RowExpression(choices, "choices")
-            if isinstance(choices, str)
-            else [RowTemplate(text, f"choices[{number}]") for number, text in enumerate(choices)]
-        )
-        self.answer = None if answer is None else RowExpression(answer, "answer")
-        self.labels = None if labels is None else RowExpression(labels, "labels")
-        self.continuation = None if continuation is None else RowTemplate(continuation, "continuation")
+        with at("MultipleChoice"):
+            self.declared = Declared(path=path, **declared)
+            self.prompt = RowTemplate(prompt, "prompt")
+            self.choices = (
+                RowExpression(choices, "choices")
+                if isinstance(choices, str)
+                else [RowTemplate(text, f"choices[{number}]") for number, text in enumerate(choices)]
+            )
+            self.answer = None if answer is None else RowExpression(answer, "answer")
+            self.labels = None if labels is None else RowExpression(labels, "labels")
+            self.continuation = None if continuation is None else RowTemplate(continuation, "continuation")
         self.answer_as = answer_as
         self.n_choices = n_choices
-        self.declared = Declared(path=path, **declared)
 
     def requests(self) -> Sequence[Item]:
         """One item for each row, in the order of the data."""
@@ -95,19 +95,11 @@ class MultipleChoice(Evaluator):
         columns = {name for each in given if each is not None for name in each.columns}
         if self.continuation is not None:
             columns -= {"choice"}
-        items = []
-        for asked in self.declared.asked(columns, self._shot):
-            with at(asked.where):
-                items.append(self._item(asked))
-        return items
+        return self.declared.items(columns, self._shot, self._item)
 
     def score(self, answered: Sequence[Answered]) -> Results:
         """The metrics over all rows; with `task` over each part, too."""
-        records = tuple(self._judge(each) for each in answered)
-        scores = [s for metric in self.metrics for s in scores_by_task(records, metric, self.declared.name)]
-        if self.declared.task is None:
-            scores = [score for score in scores if score.name == self.declared.name]
-        return Results(tuple(scores), records)
+        return self.declared.results([self._judge(each) for each in answered])
 
     def _item(self, asked: Asked) -> Item:
         row = asked.row

@@ -46,6 +46,8 @@ class Perplexity(Evaluator):
         subset: str | None = None,
         split: str | None = None,
     ) -> None:
+        if limit is not None and limit < 1:
+            raise SFTError(f"limit is {limit}", where="Perplexity.limit", fix="give 1 or more")
         self.source = Source(path, subset=subset, split=split)
         self.column = column
         self.limit, self.seed = limit, seed

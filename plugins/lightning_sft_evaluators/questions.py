@@ -98,7 +98,13 @@ class QuestionFiles:
                 split=split if hub else None,
                 revision=self.revision if hub else None,
             )
-            yield from ((where, row, None) for where, row in _other_rows(source))
+            try:
+                yield from ((where, row, None) for where, row in _other_rows(source))
+            except SFTError as error:
+                if not hub:
+                    raise
+                fix = f"{GET_MMLU}. {error.fix or ''}".rstrip()
+                raise SFTError(f"no {split} questions: {error.what}", where=error.where, fix=fix) from error
         else:
             raise self.missing(split, "<subject>")
 

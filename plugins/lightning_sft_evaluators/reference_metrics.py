@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_sft import (
     Answered,
-    DataFormat,
     Evaluator,
     Item,
     Record,
@@ -42,15 +41,8 @@ class ReferenceMetrics(Evaluator):
         labels: The answers are labels: these, or those that the references are (`data`). Adds label_accuracy,
             label_f1 (macro, and of each label) and the share of answers outside the labels.
         valid_as: Whether answers are valid as json, xml or markdown, too: valid_json, ….
-        format: The rows' format; auto finds the one that fits the columns.
-        subset: The configuration of a Hub dataset.
-        split: The split of a Hub dataset.
-        limit: Only so many rows: the first; with `seed`, some at random.
-        seed: Seed of that choice.
-        stop: Texts that end an answer.
-        max_new_tokens: Most tokens of an answer.
-        temperature: 0 takes the likeliest token each time; else tokens are drawn, each time alike.
         name: What the scores are called.
+        **data: The rows' format, which of them, and how they are answered.
     """
 
     def __init__(
@@ -59,19 +51,10 @@ class ReferenceMetrics(Evaluator):
         metrics: list[str] | None = None,
         labels: list[str] | Literal["data"] | None = None,
         valid_as: Literal["json", "xml", "markdown"] | None = None,
-        format: DataFormat | Literal["auto"] = "auto",
-        subset: str | None = None,
-        split: str | None = None,
-        limit: int | None = None,
-        seed: int | None = None,
-        stop: list[str] | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
         name: str = "references",
+        **data: Any,
     ) -> None:
-        self.data = ReferenceData(
-            path, format, subset, split, limit, seed, tuple(stop or ()), max_new_tokens, temperature
-        )
+        self.data = ReferenceData(path, **data)
         self.data.check("ReferenceMetrics")
         if metrics is None:
             metrics = list(_DEFAULT if labels is None else ())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import dropwhile
 from typing import Literal
@@ -45,7 +45,7 @@ class ReferenceData:
     split: str | None = None
     limit: int | None = None
     seed: int | None = None
-    stop: Sequence[str] = ()
+    stop: list[str] | None = None
     max_new_tokens: int = 256
     temperature: float = 0.0
 
@@ -76,7 +76,7 @@ class ReferenceData:
         items = []
         for number in chosen(len(read), self.limit, self.seed):
             prompt, reference, meta = read[number]
-            asked = Generate(prompt, tuple(self.stop), self.max_new_tokens, self.temperature)
+            asked = Generate(prompt, tuple(self.stop or ()), self.max_new_tokens, self.temperature)
             items.append(Item(meta.task or name, number, (asked,), reference, {"row": str(meta)}))
         return items
 

@@ -7,14 +7,16 @@ in lower case and without punctuation; for shorter texts N goes down to 8.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_sft import Conversation, Filter, Segments, SFTError, Source, Verdict, read_rows
+from lightning_sft import Conversation, Evaluator, Filter, Segments, SFTError, Source, Verdict, read_rows
 from lightning_sft_filters.parts import Part, at_least, excerpt, text_of, words_of
 
 if TYPE_CHECKING:
@@ -23,12 +25,29 @@ if TYPE_CHECKING:
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd; of the hash of a run
 
 
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """A text that training data must not hold.
+
+    Args:
+        text: The text.
+        whose: What it is part of, for the ledger.
+        where: Its file and row, or the evaluator and the item.
+    """
+
+    text: str
+    whose: str
+    where: str
+
+
 class Overlap(Filter):
     """Drops conversations that share a run of words with texts that are held out, such as the items of a benchmark.
 
     Args:
         held_out: Data files, folders or Hub ids with these texts; every text in a row is one.
-        columns: Only the texts in these columns.
+        evaluators: Evaluators, as they are configured for `evaluate`: the question of each item is one, and its right
+            answer where that has `least_words` words.
+        columns: Of `held_out`, only the texts in these columns.
         words: How many words in a row count as an overlap.
         least_words: A held-out text with fewer words than `words` is looked for as a whole if it has at least so many;
             shorter ones are left alone, for anybody may write them.
@@ -37,7 +56,8 @@ class Overlap(Filter):
 
     def __init__(
         self,
-        held_out: list[str],
+        held_out: list[str] | None = None,
+        evaluators: list[Evaluator] | None = None,
         columns: list[str] | None = None,
         words: int = 13,
         least_words: int = 8,
@@ -45,22 +65,33 @@ class Overlap(Filter):
     ) -> None:
         at_least(self, "least_words", least_words, 1)
         at_least(self, "words", words, least_words)
+        if not (held_out or evaluators):
+            raise SFTError(
+                "there is nothing to look for",
+                where="data.filters (Overlap)",
+                fix="give files as `held_out`, or `evaluators`",
+            )
         self.part: Part = part
-        self.runs = _runs(held_out, columns, words, least_words)
+        texts = chain(_of_files(held_out or (), columns), _of_evaluators(evaluators or (), least_words))
+        self.places: list[tuple[str, str]] = []
+        self.runs = _runs(texts, words, least_words, self.places)
 
     def judge(self, conversation: Conversation | Segments) -> Verdict:
-        """Drops it with the number of shared runs as the score, and the first of them as the detail."""
+        """Drops it with the number of shared runs as the score; the detail is the first of them, and whose it is."""
         words = words_of(text_of(conversation, self.part))
         of_words = word_hashes(words)
-        shared, first = 0, ""
-        for size, known in self.runs.items():
+        shared, reason, detail = 0, "", ""
+        for size, (known, owners) in self.runs.items():
             found = run_hashes(of_words, size)
-            nearest = known[np.searchsorted(known, found).clip(max=len(known) - 1)]
-            places = np.flatnonzero(nearest == found)
+            nearest = np.searchsorted(known, found).clip(max=len(known) - 1)
+            places = np.flatnonzero(known[nearest] == found)
             if len(places) and not shared:
-                first = excerpt(words[places[0] : places[0] + size])
+                first = int(places[0])
+                whose, where = self.places[owners[nearest[first]]]
+                reason = f"words in common with {whose}"
+                detail = f"{where}: {excerpt(words[first : first + size])}"
             shared += len(places)
-        return Verdict("words in common with a held-out text", shared, first) if shared else Verdict()
+        return Verdict(reason, shared, detail) if shared else Verdict()
 
 
 def word_hashes(words: Sequence[str]) -> NDArray[np.uint64]:
@@ -82,16 +113,8 @@ def _hash(word: str) -> int:
     return int.from_bytes(blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
-def _runs(
-    paths: Sequence[str], columns: Sequence[str] | None, most: int, least: int
-) -> dict[int, NDArray[np.uint64]]:
-    """The hashes of the runs to look for, sorted, by their number of words.
-
-    Raises:
-        SFTError: A column isn't there, or no text is long enough.
-    """
-    found: dict[int, list[NDArray[np.uint64]]] = {}
-    texts = short = 0
+def _of_files(paths: Sequence[str], columns: Sequence[str] | None) -> Iterator[HeldOut]:
+    """Every text in the files' rows, or in these columns of theirs."""
     for path in paths:
         for meta, row in read_rows(Source(path)):
             if columns and (missing := [name for name in columns if name not in row]):
@@ -102,24 +125,63 @@ def _runs(
                 )
             for value in row.values() if not columns else [row[name] for name in columns]:
                 for text in _texts(value):
-                    words = words_of(text)
-                    texts += bool(words)
-                    short += 0 < len(words) < least
-                    if len(words) >= least:
-                        size = min(most, len(words))
-                        found.setdefault(size, []).append(run_hashes(word_hashes(words), size))
+                    yield HeldOut(text, "a held-out text", str(meta))
+
+
+def _of_evaluators(evaluators: Sequence[Evaluator], least: int) -> Iterator[HeldOut]:
+    """The question of each item; and its right answer, where it has so many words."""
+    for evaluator in evaluators:
+        name = type(evaluator).__name__
+        for item in evaluator.texts():
+            whose, where = f"an item of {name}", f"{name} {item.id}"
+            yield HeldOut(item.text, whose, where)
+            if len(words_of(item.answer)) >= least:
+                yield HeldOut(item.answer, whose, where)
+
+
+def _runs(
+    texts: Iterable[HeldOut], most: int, least: int, places: list[tuple[str, str]]
+) -> dict[int, tuple[NDArray[np.uint64], NDArray[np.int64]]]:
+    """The hashes of the runs to look for, sorted, and the first text that has each, by their number of words.
+
+    Args:
+        texts: What is looked for.
+        most: Words of a run.
+        least: Words of the shortest text.
+        places: Gets, of each text that is looked for, whose it is, and where.
+
+    Raises:
+        SFTError: No text is long enough.
+    """
+    found: dict[int, list[NDArray[np.uint64]]] = {}
+    owners: dict[int, list[NDArray[np.int64]]] = {}
+    count = short = 0
+    for each in texts:
+        words = words_of(each.text)
+        count += bool(words)
+        short += 0 < len(words) < least
+        if len(words) >= least:
+            size = min(most, len(words))
+            hashes = run_hashes(word_hashes(words), size)
+            found.setdefault(size, []).append(hashes)
+            owners.setdefault(size, []).append(np.full(len(hashes), len(places)))
+            places.append((each.whose, each.where))
     if not found:
         raise SFTError(
             f"no held-out text has {least} words or more, so there is nothing to look for",
-            where=f"data.filters (Overlap): {', '.join(paths)}",
+            where="data.filters (Overlap)",
             fix="give other texts, or fewer least_words",
         )
     if short:
         warnings.warn(
-            f"Overlap leaves out {short:,} of {texts:,} held-out texts, of fewer than {least} words.",
+            f"Overlap leaves out {short:,} of {count:,} held-out texts, of fewer than {least} words.",
             stacklevel=3,
         )
-    return {size: np.unique(np.concatenate(runs)) for size, runs in sorted(found.items(), reverse=True)}
+    runs = {}
+    for size in sorted(found, reverse=True):
+        hashes, first = np.unique(np.concatenate(found[size]), return_index=True)
+        runs[size] = hashes, np.concatenate(owners[size])[first]
+    return runs
 
 
 def _texts(value: object) -> Iterator[str]:

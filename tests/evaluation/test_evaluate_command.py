@@ -99,7 +99,16 @@ def test_a_run_with_its_base_beside_it(here, capsys):
     assert [r["scores"] for r in before] != [r["scores"] for r in after]
     assert len(records(run, "Perplexity")) == 7
     out = capsys.readouterr().out
-    assert "gained" in out
+    (line,) = (line for line in out.splitlines() if line.startswith("MMLU: mmlu acc"))
+    low, high = change["low"], change["high"]
+    for figure in (
+        f"{change['before']:.4f}  {change['after']:.4f}",
+        f"{low:+.4f} … {high:+.4f}",
+        f"{len(gained)} / {len(change['lost'])}",
+    ):
+        assert figure in line
+    assert "MMLU-2: mmlu acc" in out
+    assert "perplexity/text bits_per_byte" in out
     assert "runs/my-1" in out
 
 
@@ -180,6 +189,18 @@ def test_responses_of_another_model_are_not_taken(here, monkeypatch):
     assert [record["scores"] for record in records(here / "one", "MMLU")] != before
 
 
+def test_responses_in_another_precision_are_not_taken(here, capsys):
+    found = []
+    for precision in ("32-true", "bf16-mixed", "bf16-mixed"):
+        assert (
+            main(["evaluate", "--config", "my.yaml", "--output", "two", "--trainer.precision", precision])
+            == 0
+        )
+        found.append([record["scores"] for record in records(here / "two", "MMLU")])
+    assert found[0] != found[1] == found[2]
+    assert capsys.readouterr().out.count("MMLU: 9 of 9 items were answered before") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -188,6 +209,8 @@ def test_responses_of_another_model_are_not_taken(here, monkeypatch):
         (["--source", "runs/nothing"], "no such folder"),
         (["--source", "runs/my-1", "--ckpt_path", "runs/my-1/checkpoints/last.ckpt"], "both given"),
         (["--evaluators", "[{class_path: MMLU, init_args: {path: gone.csv}}]"], "gone.csv is not there"),
+        (["--evaluators", "[{class_path: MMLU, init_args: {path: gone}}]"], "hendrycks/data.tar"),
+        (["--source", "runs/my-1", "--output", "my.yaml/results"], "my.yaml/results is no folder"),
         (["--evaluators", "[{class_path: MMLO}]"], "did you mean MMLU"),
     ],
 )

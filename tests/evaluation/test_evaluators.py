@@ -194,6 +194,11 @@ def test_bbh_errors_name_the_file(tmp_path):
         BBH(path, tasks=["nonsense"])
 
 
+def test_perplexity_of_no_texts_is_refused():
+    with pytest.raises(SFTError, match=r"Perplexity\.limit: limit is -1"):
+        Perplexity("tiny:general", limit=-1, seed=3)
+
+
 def test_perplexity_names_the_row_without_text(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"text": "a b"}\n{"body": "c"}\n')
     with pytest.raises(SFTError, match=r"t\.jsonl, row 2: no text in column 'text'"):

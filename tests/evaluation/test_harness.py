@@ -156,6 +156,29 @@ def test_a_chat_is_asked_as_messages(tasks):
 
 
 @needs_harness
+@pytest.mark.parametrize(
+    ("options", "tokens", "heat"),
+    [
+        ({"max_new_tokens": 3}, 3, 0.0),
+        ({"max_tokens": 4, "max_new_tokens": 5}, 5, 0.0),
+        ({"max_gen_toks": None, "max_completion_tokens": 6}, 6, 0.0),
+        ({}, 256, 0.0),
+        ({"do_sample": False, "temperature": 0.7}, 256, 0.0),
+        ({"do_sample": None, "temperature": 0.7}, 256, 0.7),
+        ({"do_sample": True}, 256, 1.0),
+        ({"do_sample": True, "temperature": 0.2}, 256, 0.2),
+    ],
+)
+def test_options_of_generation_have_the_harness_s_other_names(options, tokens, heat):
+    from lm_eval.api.instance import Instance
+
+    from lightning_sft_evaluators.harness_lm import request_of
+
+    asked = request_of(Instance("generate_until", {}, ("how?", {"until": "u", **options}), 0))
+    assert (asked.stop, asked.max_new_tokens, asked.temperature) == (("u",), tokens, heat)
+
+
+@needs_harness
 def test_what_cannot_be_asked_is_refused(tasks):
     with pytest.raises(SFTError, match="no_such_task_at_all"):
         LMEvalHarness(["no_such_task_at_all"], include_path=tasks, builtin=False).requests()

@@ -65,6 +65,7 @@ def test_code_is_run_only_if_the_user_says_so(here):
     (here / "near.py").write_text("raise SystemExit('it was run')")
     with pytest.raises(SFTError, match=r"near\.py is a program") as error:
         make(here, trust_remote_code=False).requests()
+    assert make(here).texts()[3].text == "say 3"
     assert "trust_remote_code: true" in str(error.value)
 
 

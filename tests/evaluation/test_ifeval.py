@@ -52,9 +52,16 @@ CASES = [
         "so\n\n\nx",
         "so\n\nx\n\ny",
     ),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "so"},
+        "a\n\n\nso",
+        "a\n\n\n\nso",  # the second one is blank
+    ),
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] and [b c]", "[a] and (b)"),
     ("detectable_content:postscript", {"postscript_marker": "P.S."}, "a\np. s. b", "a psst"),
     ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "a\nP.P.S b", "a\nP.S. b"),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "1P.S. b", "1P.S b"),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n - b", "* a\n** b\n1. c"),
     ("detectable_format:constrained_response", {}, "So: My answer is no. Really.", "No."),
     (
@@ -64,6 +71,12 @@ CASES = [
         "*a* and ** **",
     ),
     (
+        "detectable_format:number_highlighted_sections",
+        {"num_highlights": 2},
+        "***a***",
+        "**a** and **b*",
+    ),
+    (
         "detectable_format:multiple_sections",
         {"section_spliter": "SECTION", "num_sections": 2},
         "SECTION 1\na\nSECTION 2\nb",
@@ -71,6 +84,7 @@ CASES = [
     ),
     ("detectable_format:json_format", {}, '```json\n{"a": [1]}\n```', 'Here: {"a": 1}'),
     ("detectable_format:json_format", {}, " [1, 2] ", "{a: 1}"),
+    ("detectable_format:json_format", {}, "```JSON\n{}", "```yaml\n{}\n```"),
     ("detectable_format:title", {}, "<<joy>>\nText", "<joy>\n<< >>"),
     ("combination:two_responses", {}, "a\n******\nb", "a\n******\na"),
     ("combination:two_responses", {}, "a ****** b ******", "a ****** b ****** c"),

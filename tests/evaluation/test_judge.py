@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -69,7 +70,8 @@ def write(path, rows):
 # ------------------------------------------------------------------------------------------------- the endpoint
 
 
-def test_a_request_is_that_of_the_chat_completions_api(stub, tmp_path):
+def test_a_request_is_that_of_the_chat_completions_api(stub, tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_KEY", f"{KEY}\n")  # as from a file
     stub.judge = lambda prompt: f"reply to {prompt}"
     replies = Asker(options(stub, tmp_path, max_tokens=9), "Judge").ask(["one", "two", "one"])
     assert [reply.text for reply in replies] == ["reply to one", "reply to two", "reply to one"]
@@ -185,7 +187,10 @@ def test_the_cost_is_told_and_capped_before_anything_is_sent(stub, tmp_path, cap
     ("given", "message"),
     [
         ({"base_url": "localhost"}, "base_url is 'localhost'"),
+        ({"base_url": "http://"}, "base_url is 'http://'"),
+        ({"base_url": "http://localhost:port/v1"}, "base_url is 'http://localhost:port/v1'"),
         ({"api_key_env": "NOT_THERE"}, "NOT_THERE is not set"),
+        ({"api_key_env": "NO_KEY"}, "NO_KEY holds no key"),
         ({"max_cost": 1.0}, "max_cost needs prices"),
         ({"concurrency": 0}, "concurrency is 0"),
         ({"requests_per_minute": 0}, "it is 0"),
@@ -193,10 +198,25 @@ def test_the_cost_is_told_and_capped_before_anything_is_sent(stub, tmp_path, cap
 )
 def test_wrong_options_are_refused_before_the_model_is_asked(tmp_path, monkeypatch, given, message):
     monkeypatch.delenv("NOT_THERE", raising=False)
+    monkeypatch.setenv("NO_KEY", "clé\n")
     questions = write(tmp_path / "q.jsonl", [{"instruction": "a"}])
     made = Endpoint(**{"base_url": "http://x", "model": "m", "api_key_env": None, **given})
     with pytest.raises(SFTError, match=message):
         Judge(questions, made).requests()
+    assert [each.text for each in Judge(questions, made).texts()] == ["a"]  # nobody is asked for that
+
+
+def test_an_interrupt_ends_the_waiting_of_all_requests(stub, tmp_path, monkeypatch):
+    def send(asker, client, prompt):
+        if prompt == "stop":
+            raise KeyboardInterrupt
+        raise endpoint_module._Failed("busy", wait=30.0)
+
+    monkeypatch.setattr(Asker, "_send", send)
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Asker(options(stub, tmp_path, concurrency=2), "Judge").ask(["stop", "one", "two"])
+    assert time.monotonic() - begun < 15
 
 
 # --------------------------------------------------------------------------------------------------- pairwise

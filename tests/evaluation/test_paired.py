@@ -45,6 +45,15 @@ def test_only_items_of_both_are_compared():
     assert found.items == 2
 
 
+def test_a_metric_of_some_tasks_is_compared_over_their_items():
+    def both(right, squad):
+        return [*records([right, 1]), Record("u", 0, "", "", "", {"f1": squad})]
+
+    acc, f1 = differences(both(0, 0.25), both(1, 0.5))
+    assert (acc.metric, acc.items, acc.gained) == ("acc", 2, (("t", 0),))
+    assert (f1.metric, f1.items, f1.before, f1.after) == ("f1", 1, 0.25, 0.5)
+
+
 def test_the_interval_holds_the_truth_about_as_often_as_it_says():
     import numpy as np
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sft import Conversation, Message, SFTError
+from lightning_sft_evaluators.mmlu import MMLU
 from lightning_sft_filters.overlap import Overlap, run_hashes, word_hashes
 from lightning_sft_filters.parts import words_of
 
@@ -29,6 +30,8 @@ def held_out(tmp_path):
     return write
 
 
+QUESTION = "Which of the small bones of the wrist lies nearest to the base of the thumb in an adult?"
+SHORT = "Where is it?"
 WORDS = st.lists(st.sampled_from(["a", "b", "c"]), max_size=12)
 
 
@@ -65,7 +68,9 @@ def test_case_and_punctuation_do_not_count_and_the_run_is_told(held_out):
     overlap = Overlap(held_out({"question": ITEM}))
     verdict = overlap.judge(said(f"He asked: {ITEM.upper()} (Physics)"))
     assert (verdict.reason, verdict.score) == ("words in common with a held-out text", 4)
-    assert verdict.detail == "a ball is thrown straight up into the air how long until it"
+    assert verdict.detail.endswith(
+        "items.jsonl, row 1: a ball is thrown straight up into the air how long until it"
+    )
     assert overlap.judge(said("", asked=ITEM)).score == 4
     assert Overlap(held_out({"question": ITEM}), part="response").judge(said("", asked=ITEM)).keep
     twelve = " ".join(ITEM.split()[:12])
@@ -87,6 +92,30 @@ def test_texts_are_found_at_any_depth_or_in_the_columns_named(held_out):
     assert Overlap(held_out(row), columns=["note"]).judge(said(ITEM)).keep
     with pytest.raises(SFTError, match="there is no column 'answer'"):
         Overlap(held_out(row), columns=["answer"])
+
+
+def test_the_items_of_evaluators_are_held_out(tmp_path, held_out):
+    """Questions of MMLU without its prompts, and declared items; the answer where it is long enough."""
+    (tmp_path / "test").mkdir()
+    choices = ["Yes.", "No.", "It depends.", f"Because {ITEM}"]
+    (tmp_path / "test" / "anatomy_test.csv").write_text(
+        f'"{QUESTION}",' + ",".join(f'"{each}"' for each in choices) + f",D\n{SHORT},a,b,c,d,A\n"
+    )
+    mmlu = MMLU(str(tmp_path), shots=0, subjects=["anatomy"])
+    with pytest.warns(UserWarning, match="leaves out 1 of 3 held-out texts"):
+        overlap = Overlap(evaluators=[mmlu])
+    asked = overlap.judge(said("Wrist, I think.", asked=f"Tell me: {QUESTION}"))
+    assert asked.reason == "words in common with an item of MMLU"
+    assert asked.detail == f"MMLU anatomy/0: {' '.join(words_of(QUESTION)[:13])}"
+    assert overlap.judge(said(f"Because {ITEM}")).detail.startswith("MMLU anatomy/0: because a ball is")
+    assert overlap.judge(said(SHORT)).keep
+    assert overlap.judge(
+        said("The following are multiple choice questions (with answers) about anatomy. A")
+    ).keep
+    both = Overlap(held_out({"text": ITEM}), [mmlu])
+    assert both.judge(said(f"{ITEM} {QUESTION}")).reason == "words in common with a held-out text"
+    with pytest.raises(SFTError, match="there is nothing to look for"):
+        Overlap()
 
 
 def test_words_are_cut_at_whitespace_without_signs():
