@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.sources import Source
 from lightning_sft.errors import SFTError
 from lightning_sft.evaluation.trainer import SFTTrainer
+from lightning_sft.printed_rates import rates_behind_config
 from lightning_sft.ranks import is_first_process
 from lightning_sft.training import strategies
 from lightning_sft.training.checkpoints import AtomicCheckpointIO, LastCheckpoint
@@ -283,7 +284,9 @@ def run(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
     plugins.load_named(plugins.named_in(argv))
     if any(argument.split("=")[0].endswith("help") or argument == "-h" for argument in argv):
         _load_all_that_can_be()
-    SFTCommand(argv, callbacks)
+    prints = argv[0] == "fit" and any(argument.split("=")[0] == "--print_config" for argument in argv)
+    with rates_behind_config() if prints else nullcontext():
+        SFTCommand(argv, callbacks)
 
 
 def _load_all_that_can_be() -> None:

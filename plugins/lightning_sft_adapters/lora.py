@@ -159,7 +159,7 @@ class LoRA(PeftAdapter):
             adapted = super().prepare(model)
         trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
         if self.init in _MOVES_BASE and self.init not in _LOOKS_AT_ROWS:
-            self._initial = {name: p.detach().cpu().clone() for name, p in trained.items()}
+            self._initial = {name: _kept(p) for name, p in trained.items()}
         # as peft's create_loraplus_optimizer has it
         self._fast = {name for name, p in trained.items() if "lora_B" in name or p.ndim == 1}
         return adapted
@@ -175,7 +175,7 @@ class LoRA(PeftAdapter):
             with self.refusing():
                 corda.begin(model, model.peft_config[OURS], batches, forward)
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            self._initial = {name: p.detach().cpu().clone() for name, p in trained.items()}
+            self._initial = {name: _kept(p) for name, p in trained.items()}
             corda.take_out(model)
             return
         from peft import initialize_lora_eva_weights
@@ -216,6 +216,11 @@ class LoRA(PeftAdapter):
         if self.loraplus_ratio == 1:
             return RateGroup()
         return RateGroup("B", scale=self.loraplus_ratio) if name in self._fast else RateGroup("A")
+
+    @property
+    def has_rate_groups(self) -> bool:
+        """Whether B has a rate of its own."""
+        return self.loraplus_ratio != 1
 
     def _token_rows(self, model: heavy.PreTrainedModel) -> list[int] | dict[str, list[int]] | None:
         """The rows to train, those of new tokens among them."""
@@ -318,6 +323,12 @@ class LoRA(PeftAdapter):
                 where=where,
                 fix="use init: default, or leave these out",
             )
+
+
+def _kept(parameter: heavy.Tensor) -> heavy.Tensor:
+    """A copy in the CPU's memory; of a parameter without numbers (in a plan) one without numbers."""
+    value = parameter.detach()
+    return value.clone() if value.is_meta else value.to("cpu", copy=True)
 
 
 def _linear_layers(model: heavy.PreTrainedModel) -> list[str]:
