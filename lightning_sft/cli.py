@@ -122,7 +122,10 @@ class SFTCommand(LightningCLI):
         for part in ("train", "val", "test"):
             _refuse_broken_list(f"data.{part}", chosen.data[part])
         strategy = chosen.trainer.strategy
-        strategies.check_name(strategy if isinstance(strategy, str) else strategy.class_path)
+        named = isinstance(strategy, str)
+        strategies.check_name(strategy if named else strategy.class_path, given=named)
+        for each in (chosen.trainer.precision, *_as_list(chosen.trainer.plugins)):
+            strategies.check_precision(str(getattr(each, "class_path", each)))
         if self.subcommand != "fit":
             if chosen.ckpt_path is not None:
                 chosen.ckpt_path = str(
