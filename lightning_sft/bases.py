@@ -175,6 +175,11 @@ class Adapter(ABC):
         """The group of a trained parameter, by its name in the prepared model: by default one for all."""
         return RateGroup()
 
+    @property
+    def has_rate_groups(self) -> bool:
+        """Whether `rate_group` may tell parameters apart, so that `--print_config` shows rates: if it is overridden."""
+        return type(self).rate_group is not Adapter.rate_group
+
     def quantization(self) -> object | None:
         """The transformers quantisation config to load the base with, or None."""
         return None

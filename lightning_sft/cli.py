@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.sources import Source
 from lightning_sft.errors import SFTError
 from lightning_sft.evaluation.trainer import SFTTrainer
+from lightning_sft.printed_rates import rates_behind_config
 from lightning_sft.ranks import is_first_process
 from lightning_sft.training import strategies
 from lightning_sft.training.checkpoints import AtomicCheckpointIO, LastCheckpoint
@@ -121,7 +122,10 @@ class SFTCommand(LightningCLI):
         for part in ("train", "val", "test"):
             _refuse_broken_list(f"data.{part}", chosen.data[part])
         strategy = chosen.trainer.strategy
-        strategies.check_name(strategy if isinstance(strategy, str) else strategy.class_path)
+        named = isinstance(strategy, str)
+        strategies.check_name(strategy if named else strategy.class_path, given=named)
+        for each in (chosen.trainer.precision, *_as_list(chosen.trainer.plugins)):
+            strategies.check_precision(str(getattr(each, "class_path", each)))
         if self.subcommand != "fit":
             if chosen.ckpt_path is not None:
                 chosen.ckpt_path = str(
@@ -283,7 +287,9 @@ def run(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
     plugins.load_named(plugins.named_in(argv))
     if any(argument.split("=")[0].endswith("help") or argument == "-h" for argument in argv):
         _load_all_that_can_be()
-    SFTCommand(argv, callbacks)
+    prints = argv[0] == "fit" and any(argument.split("=")[0] == "--print_config" for argument in argv)
+    with rates_behind_config() if prints else nullcontext():
+        SFTCommand(argv, callbacks)
 
 
 def _load_all_that_can_be() -> None:

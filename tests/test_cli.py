@@ -7,12 +7,14 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 from lightning.pytorch import Callback
 
@@ -117,6 +119,51 @@ def test_optimizers_and_adapters_by_class_path_print_and_parse_again(
     assert found in printed
     (here / "printed.yaml").write_text(printed)
     assert print_config(capsys, "--config", "printed.yaml") == printed
+
+
+def test_a_printed_config_tells_the_rate_of_each_group_without_the_weights(
+    here: Path, model_folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against the model itself, that is loaded here: two blocks, with embeddings and head below and above."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder("llama"))
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    table, norm = model.lm_head.weight.numel(), model.model.norm.weight.numel()
+    shutil.copytree(model_folder("llama"), here / "base")
+    (here / "base" / "model.safetensors").unlink()
+    argv = ["--config", "my.yaml", "--model.base", "base", "--model.adapter", "Full"]
+    argv += ["--model.adapter.layer_decay", "0.5", "--model.adapter.unfreeze_every", "10"]
+    printed = print_config(capsys, *argv)
+    told = [line.removeprefix("#").split() for line in printed.splitlines() if line.startswith("#   ")]
+    assert told == [
+        ["embeddings", "0.00025", f"{table:,}", "parameters,", "from", "step", "31"],
+        ["block", "0", "0.0005", f"{block:,}", "parameters,", "from", "step", "21"],
+        ["block", "1", "0.001", f"{block:,}", "parameters,", "from", "step", "11"],
+        ["head", "and", "final", "norm", "0.001", f"{table + norm:,}", "parameters"],
+    ]
+    (here / "printed.yaml").write_text(printed)
+    assert print_config(capsys, "--config", "printed.yaml") == printed
+    assert sorted(path.name for path in here.iterdir()) == ["base", "my.yaml", "printed.yaml", "rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["LoRA"], []),
+        (["Full"], []),
+        (["QLoRA", "--model.adapter.loraplus_ratio=16", "--model.adapter.r=4"], ["A ", "B ", "0.016"]),
+        (["LoRA", "--model.adapter.loraplus_ratio=4", "--model.adapter.init=pissa"], ["A ", "B ", "0.004"]),
+        (["Freeze", "--model.adapter.layer_decay=0.5", "--model.adapter.layers=9"], ["known here: ", "layers is 9"]),
+        (["Full", "--model.adapter.layer_decay=0.5", "--model.base=not/here"], ["not/here isn't on this machine"]),
+    ],
+)  # fmt: skip
+def test_a_printed_config_tells_rates_where_they_differ_and_never_fails_by_them(
+    here: Path, capsys: pytest.CaptureFixture[str], argv: list[str], told: list[str]
+) -> None:
+    printed = print_config(capsys, "--config", "my.yaml", "--model.adapter", *argv)
+    comments = "".join(re.findall(r"(?m)^#(?! lightning).*$", printed))
+    assert all(each in comments for each in told)
+    assert bool(comments) == bool(told)
+    assert yaml.safe_load(printed)["model"]["learning_rate"] == 0.001
 
 
 def test_a_second_config_goes_over_the_first(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,16 +87,7 @@ class Twin:
     def __init__(self, module: SFTModule, kind: str = "cpu") -> None:
         self.fake = FakeTensorMode()
         self.kind = kind
-        self.module = _without_model(module)
-        with torch.device("meta"):
-            try:
-                self.module.assemble(_on_meta(module))
-            except NotImplementedError as error:
-                raise SFTError(
-                    f"nothing can be said of this adapter without the base's weights: {error}",
-                    where="model.adapter",
-                    fix="choose a start of its parameters that doesn't depend on the weights",
-                ) from error
+        self.module = without_numbers(module)
         self.model = self.module.loaded
         parameters = {id(p): (p.numel(), p.requires_grad) for p in self.model.parameters()}
         self.parameters = sum(n for n, _ in parameters.values())
@@ -271,6 +262,25 @@ _GROUPED = torch.ops.aten._grouped_mm.default
 def _grouped(a: Tensor, b: Tensor, offsets: Tensor | None = None, **_: Any) -> Tensor:
     """What experts' products are like: torch's fake version takes bfloat16 alone, its real one any type."""
     return torch.empty_like(_GROUPED(a.bfloat16(), b.bfloat16(), offsets), dtype=a.dtype)
+
+
+def without_numbers(module: SFTModule) -> SFTModule:
+    """A copy of the module with its model and adapter on the meta device; nothing of the base but its config is read.
+
+    Raises:
+        SFTError: The model or its adapter can't be made without numbers.
+    """
+    bare = _without_model(module)
+    with torch.device("meta"):
+        try:
+            bare.assemble(_on_meta(module))
+        except NotImplementedError as error:
+            raise SFTError(
+                f"nothing can be said of this adapter without the base's weights: {error}",
+                where="model.adapter",
+                fix="choose a start of its parameters that doesn't depend on the weights",
+            ) from error
+    return bare
 
 
 def _on_meta(module: SFTModule) -> PreTrainedModel:

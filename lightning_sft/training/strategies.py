@@ -5,10 +5,11 @@ What can't work is refused with the reason and the nearest that does. The table 
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 
 from lightning_sft import plugins
 from lightning_sft.errors import SFTError
@@ -43,23 +44,64 @@ _REFUSED = {
     "ddp_spawn": ("processes that are spawned don't bring the trained model back", "ddp"),
     "ddp_fork": ("processes that are forked don't bring the trained model back", "ddp"),
     "ddp_notebook": ("processes that are forked don't bring the trained model back", "ddp"),
+    "xla": ("it is for TPUs, which nothing of this has been tried on", "ddp, on GPUs or CPUs"),
+    "single_xla": ("it is for TPUs, which nothing of this has been tried on", "auto, on a GPU or CPU"),
+    "single_tpu": ("it is for TPUs, which nothing of this has been tried on", "auto, on a GPU or CPU"),
     "modelparallel": ("nothing says how to split the model's layers (tensor parallel)", "fsdp2"),
 }
 """By the beginning of a strategy's name: why it is refused, and the nearest that isn't."""
 
+_REFUSED_PRECISIONS = {
+    "transformerengine": (
+        "it puts layers of its own in place of the model's, which adapters and exports don't know",
+        "bf16-mixed, or bf16-true",
+    ),
+    "bitsandbytes": (
+        "it quantises every linear layer, LoRA's own among them",
+        "model.adapter: QLoRA, with 32-true or bf16-mixed",
+    ),
+}
+"""By the beginning of a precision's or its plug-in's name, without hyphens: as above."""
 
-def check_name(name: str) -> None:
+
+def check_name(name: str, *, given: bool = False) -> None:
     """Refuse a strategy by its name, or by that of its class, before Lightning tries to make it.
+
+    Args:
+        name: The name.
+        given: It is what an option says, so a strategy has to be registered under it.
+
+    Raises:
+        SFTError: It is known not to work, or there is none.
+    """
+    plain = name.rpartition(".")[2].lower()
+    for beginning, (reason, nearest) in _REFUSED.items():
+        if plain.startswith(beginning) and not plain.startswith("fsdp2"):
+            raise _refused(name.rpartition(".")[2], reason, f"use {nearest}")
+    if name.isidentifier() and given and name.lower() not in (*StrategyRegistry, "auto"):
+        ours = ["auto", "ddp", "fsdp2", "fsdp2_offload"]
+        nearest = get_close_matches(plain.removesuffix("strategy"), ours, n=1)
+        raise SFTError(
+            f"no strategy is named {name!r}",
+            where=_WHERE,
+            fix=f"did you mean {nearest[0]}?" if nearest else f"use {', '.join(ours[:-1])} or {ours[-1]}",
+        )
+
+
+def check_precision(name: str) -> None:
+    """Refuse a precision by its name, or by that of its plug-in's class, before Lightning tries to make it.
 
     Raises:
         SFTError: It is known not to work.
     """
-    plain = name.rpartition(".")[2].lower()
-    if plain.startswith("fsdp2"):
-        return
-    for beginning, (reason, nearest) in _REFUSED.items():
+    plain = name.rpartition(".")[2].lower().replace("-", "")
+    for beginning, (reason, nearest) in _REFUSED_PRECISIONS.items():
         if plain.startswith(beginning):
-            raise _refused(name.rpartition(".")[2], reason, f"use {nearest}")
+            raise SFTError(
+                f"{name.rpartition('.')[2]} can't train here: {reason}",
+                where=_PRECISION,
+                fix=f"use {nearest}",
+            )
 
 
 def check(
@@ -79,6 +121,7 @@ def check(
     Raises:
         SFTError: Something can't.
     """
+    check_precision(type(trainer.precision_plugin).__name__)
     strategy = trainer.strategy
     kind = type(strategy).__name__
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
@@ -88,6 +131,12 @@ def check(
         check_name(f"ddp_{strategy._start_method}")
     if strategy.root_device.type == "cpu" and precision in ("16", "16-mixed"):
         raise SFTError("a CPU has no 16-mixed precision", where=_PRECISION, fix="use bf16-mixed, or 32-true")
+    if trainer.precision == "64-true" and adapter.quantization() is not None:
+        raise SFTError(
+            f"the {plugins.describe(adapter)} loads a quantized base, which can't compute in float64",
+            where=_PRECISION,
+            fix="use 32-true, or an adapter that doesn't quantize",
+        )
     if strategy.root_device.type == "cuda" and str(trainer.precision).startswith("bf16"):
         _check_bfloat16(strategy.root_device)
     if isinstance(strategy, FSDP2Strategy):

@@ -36,7 +36,7 @@ class WithoutWeights(LightningModule):
     @cached_property
     def rows(self) -> NewTokens:
         """The rows that the embeddings need: the base's, and those of new tokens."""
-        return self._tokenizer_and_rows[1] or NewTokens(self._base_rows)
+        return (self._tokenizer_and_rows[1] if self.new_tokens else None) or NewTokens(self._base_rows)
 
     @property
     def _base_rows(self) -> int:

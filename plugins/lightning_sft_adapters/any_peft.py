@@ -27,6 +27,14 @@ _REFUSED = {
     "LILY": "its router takes the mean over all tokens of a batch, so rows depend on each other",
     "CPT": "its loss is its own",
 }
+_REFUSED_LORA = {
+    "arrow_config": "it routes between adapters that are trained already",
+    "kasa_config": "it cuts the base's weights for good, and its loss is its own",
+    "monteclora_config": "its loss is its own",
+    "use_qalora": "it needs a base that GPTQ has quantised; other layers ignore it",
+    "velora_config": "its gradients depend on which rows are in a batch, and its projections are in no checkpoint",
+}
+"""Options of LoraConfig that would train something else than they say."""
 _NEEDS_DATA = ("eva", "corda", "loftq", "lora_ga")
 
 
@@ -69,6 +77,12 @@ class Peft(PeftAdapter):
                 f"init_lora_weights {init} changes the base, or needs the data",
                 where=where,
                 fix="use LoRA, whose init does pissa, olora, eva and corda",
+            )
+        if given := [option for option in _REFUSED_LORA if getattr(chosen, option, None)]:
+            raise SFTError(
+                f"{given[0]} can't be trained here: {_REFUSED_LORA[given[0]]}",
+                where=where,
+                fix="leave it out",
             )
         if getattr(chosen, "alora_invocation_tokens", None):
             raise SFTError(

@@ -70,6 +70,11 @@ class Freeze(Adapter):
         """By depth, if rates or starts differ."""
         return self._groups.get(name, RateGroup())
 
+    @property
+    def has_rate_groups(self) -> bool:
+        """Whether rates or starts differ by depth."""
+        return self.layer_decay is not None or self.unfreeze_every is not None
+
     def export(self, model: heavy.PreTrainedModel, folder: Path) -> None:
         """Write the whole model, as `AutoModelForCausalLM.from_pretrained` loads it."""
         model.save_pretrained(folder)

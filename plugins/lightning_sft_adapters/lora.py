@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from lightning_sft import RateGroup, SFTError
-from lightning_sft_adapters import corda, heavy
+from lightning_sft_adapters import corda, heavy, lora_checks
 from lightning_sft_adapters.peft_adapter import OURS, PeftAdapter
 
 _INITS: dict[str, Any] = {"default": True, "pissa_fast": "pissa_niter_16"}
@@ -41,7 +41,8 @@ class LoRA(PeftAdapter):
         rslora: Rank-stabilised scaling (Kalajdzievski, 2023).
         dora: Weight-decomposed updates (Liu et al., 2024).
         init: How A and B begin. `default` leaves the model's function as it is with B = 0; `gaussian` and
-            `orthogonal` are other noise; `olora` (Büyükakyüz, 2024) and `pissa` (Meng et al., 2024; `pissa_fast` with
+            `orthogonal` are other noise; `mica` (minor components) sets B to the smallest singular vectors of the
+            weight and trains A alone; `olora` (Büyükakyüz, 2024) and `pissa` (Meng et al., 2024; `pissa_fast` with
             an approximate decomposition) take the main part out of the weights and train it; `eva` (Paischer et
             al., 2024) takes A from the activations on the training rows, and `corda` (Yang et al., 2024) takes out of
             the weights what matters most on them (its instruction-previewed mode).
@@ -72,7 +73,7 @@ class LoRA(PeftAdapter):
         rslora: bool = False,
         dora: bool = False,
         init: Literal[
-            "default", "gaussian", "orthogonal", "olora", "pissa", "pissa_fast", "eva", "corda"
+            "default", "gaussian", "orthogonal", "mica", "olora", "pissa", "pissa_fast", "eva", "corda"
         ] = "default",
         loraplus_ratio: float = 1.0,
         init_from: str | None = None,
@@ -145,21 +146,27 @@ class LoRA(PeftAdapter):
         """
         import torch
 
-        if self.init in _MOVES_BASE and getattr(model, "is_quantized", False):
+        if self.init in (*_MOVES_BASE, "mica") and getattr(model, "is_quantized", False):
             raise SFTError(
-                f"init {self.init} takes a part out of the base's weights, which are quantised",
+                f"init {self.init} takes the base's weights apart, which are quantised",
                 where=f"model.adapter.init ({type(self).__name__})",
                 fix="use init: default or eva",
             )
+        lora_checks.check_patterns(self)
+        lora_checks.check_tokens(self, model)
+        before = [name for name, _ in model.named_modules()]
         with torch.random.fork_rng(devices=[], enabled=self.init == "pissa_fast"):
             if (
                 self.init == "pissa_fast"
             ):  # which draws: the base must be the same again on resuming and export
                 torch.manual_seed(0)
             adapted = super().prepare(model)
+        lora_checks.check_names(self, adapted, before)
+        if self.init in (*_MOVES_BASE, "eva"):
+            lora_checks.check_ranks(self, adapted, OURS)
         trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
         if self.init in _MOVES_BASE and self.init not in _LOOKS_AT_ROWS:
-            self._initial = {name: p.detach().cpu().clone() for name, p in trained.items()}
+            self._initial = {name: _kept(p) for name, p in trained.items()}
         # as peft's create_loraplus_optimizer has it
         self._fast = {name for name, p in trained.items() if "lora_B" in name or p.ndim == 1}
         return adapted
@@ -175,7 +182,7 @@ class LoRA(PeftAdapter):
             with self.refusing():
                 corda.begin(model, model.peft_config[OURS], batches, forward)
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            self._initial = {name: p.detach().cpu().clone() for name, p in trained.items()}
+            self._initial = {name: _kept(p) for name, p in trained.items()}
             corda.take_out(model)
             return
         from peft import initialize_lora_eva_weights
@@ -187,6 +194,8 @@ class LoRA(PeftAdapter):
             states: heavy.Tensor = given[0] if isinstance(given, tuple) else given
             return states.flatten(0, -2) if mask is None else states[mask]
 
+        ranks = [part.r[OURS] for part in model.modules() if OURS in getattr(part, "lora_A", ())]
+        lora_checks.check_tokens_seen(self, max(ranks), batches)
         with self.refusing():
             initialize_lora_eva_weights(
                 model,
@@ -216,6 +225,11 @@ class LoRA(PeftAdapter):
         if self.loraplus_ratio == 1:
             return RateGroup()
         return RateGroup("B", scale=self.loraplus_ratio) if name in self._fast else RateGroup("A")
+
+    @property
+    def has_rate_groups(self) -> bool:
+        """Whether B has a rate of its own."""
+        return self.loraplus_ratio != 1
 
     def _token_rows(self, model: heavy.PreTrainedModel) -> list[int] | dict[str, list[int]] | None:
         """The rows to train, those of new tokens among them."""
@@ -300,6 +314,18 @@ class LoRA(PeftAdapter):
                 where=where,
                 fix="give a number above 0, such as 16",
             )
+        if self.layers_pattern is not None and self.layers is None:
+            raise SFTError(
+                "layers_pattern says where the blocks of `layers` are, and layers isn't given",
+                where=where,
+                fix="give layers, or leave layers_pattern out",
+            )
+        if self.init == "mica" and self.loraplus_ratio != 1:
+            raise SFTError(
+                "init mica doesn't train B, so loraplus_ratio has no effect",
+                where=where,
+                fix="leave loraplus_ratio out",
+            )
         if self.init not in _MOVES_BASE:
             return
         others = {
@@ -310,6 +336,8 @@ class LoRA(PeftAdapter):
             "lora_bias": self.lora_bias,
             "init_from": self.init_from,
             "beside": self.beside,
+            "rslora and patterns of ranks or alphas": self.rslora
+            and (self.rank_pattern or self.alpha_pattern),
         }
         if given := [name for name, value in others.items() if value]:
             raise SFTError(
@@ -318,6 +346,12 @@ class LoRA(PeftAdapter):
                 where=where,
                 fix="use init: default, or leave these out",
             )
+
+
+def _kept(parameter: heavy.Tensor) -> heavy.Tensor:
+    """A copy in the CPU's memory; of a parameter without numbers (in a plan) one without numbers."""
+    value = parameter.detach()
+    return value.clone() if value.is_meta else value.to("cpu", copy=True)
 
 
 def _linear_layers(model: heavy.PreTrainedModel) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -63,7 +64,9 @@ class PeftAdapter(Adapter):
         """What peft refuses in here is told as the user's."""
         try:
             yield
-        except (ValueError, TypeError, KeyError, NotImplementedError, RuntimeError, ImportError) as error:
+        except (
+            ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, re.error
+        ) as error:  # fmt: skip
             raise SFTError(
                 str(error),
                 where=f"model.adapter ({type(self).__name__})",

@@ -26,14 +26,14 @@ def write_rows(folder: Path) -> Path:
     return path
 
 
-def train(base: Path, rows: Path, adapter: Adapter, *, steps: int = 2, **options):
+def train(base: Path, rows: Path, adapter: Adapter, *, steps: int = 2, batch_size: int = 4, **options):
     """The module and the trainer of two steps."""
     torch.manual_seed(0)
     module = SFTModule(
         str(base), adapter, **{"learning_rate": 1e-2, "warmup": 0, "schedule": "constant", **options}
     )
     trainer = Trainer(**QUIET, max_steps=steps)
-    trainer.fit(module, SFTDataModule(train=str(rows), batch_size=4))
+    trainer.fit(module, SFTDataModule(train=str(rows), batch_size=batch_size))
     module.eval()
     return module, trainer
 

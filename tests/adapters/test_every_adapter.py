@@ -46,6 +46,7 @@ LORAS = {
     "token rows": partial(LoRA, r=2, trainable_tokens=[1, 2]),
     "gaussian": partial(LoRA, r=2, init="gaussian"),
     "orthogonal": partial(LoRA, r=2, init="orthogonal"),
+    "mica": partial(LoRA, r=2, init="mica"),
     "eva": partial(LoRA, r=2, init="eva"),
     "lora+": partial(LoRA, r=2, loraplus_ratio=16),
 }
@@ -219,6 +220,40 @@ REFUSED = {
     "a ratio of 0": (partial(LoRA, loraplus_ratio=0), "loraplus_ratio is 0"),
     "no such adapter": (partial(LoRA, init_from="nowhere"), "no saved adapter there"),
     "pissa of 4 bits": (partial(QLoRA, init="pissa"), "which are quantised"),
+    "mica of 4 bits": (partial(QLoRA, init="mica"), "which are quantised"),
+    "a rate of B, which mica doesn't train": (partial(LoRA, init="mica", loraplus_ratio=2), "has no effect"),
+    "a rank that the weights don't have": (partial(LoRA, r=40, init="pissa"), "at most the rank 32"),
+    "an export that peft can't make": (
+        partial(LoRA, init="olora", rslora=True, rank_pattern={"q_proj": 2}),
+        "rslora and",
+    ),
+    "a layer too many": (
+        partial(LoRA, target_modules=["q_proj", "nope"]),
+        "nothing that gets an adapter has nope",
+    ),
+    "a block too many": (partial(LoRA, layers=[0, 2]), "nothing that gets an adapter has 2"),
+    "no such layer to exclude": (
+        partial(LoRA, exclude_modules=["nope"]),
+        "nothing that gets an adapter has nope",
+    ),
+    "no such layer to save": (partial(LoRA, modules_to_save=["nope"]), "the model has no layer nope"),
+    "no such parameter": (
+        partial(LoRA, target_parameters=["mlp.nope"]),
+        "nothing that gets an adapter has mlp.nope",
+    ),
+    "a rank of nothing": (partial(LoRA, rank_pattern={"nope": 2}), "nothing that gets an adapter has nope"),
+    "a wrong expression": (partial(LoRA, target_modules="*_proj"), "is no regular expression"),
+    "a wrong expression of a rank": (partial(LoRA, rank_pattern={"*_proj": 2}), "is no regular expression"),
+    "a pattern for no layers": (partial(LoRA, layers_pattern="layers"), "layers isn't given"),
+    "no such token": (partial(LoRA, trainable_tokens=[99999]), "there is no token 99999"),
+    "a token below 0": (partial(LoRA, trainable_tokens={"embed_tokens": [-1]}), "there is no token -1"),
+    "more directions than tokens": (
+        partial(LoRA, r=31, init="eva", target_modules=["q_proj"]),
+        "none has more than",
+    ),
+    "a loss of its own": (of("LoraConfig", kasa_config={}, target_modules=TARGETS), "its loss is its own"),
+    "routes": (of("LoraConfig", arrow_config={}, target_modules=TARGETS), "trained already"),
+    "GPTQ alone": (of("LoraConfig", use_qalora=True, target_modules=TARGETS), "GPTQ"),
     "no such layer": (of("IA3Config", target_modules=["nope"], feedforward_modules=[]), "nope"),
 }
 
@@ -226,4 +261,4 @@ REFUSED = {
 @pytest.mark.parametrize(("made", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_can_not_be_is_refused(made, message, model_folder, tmp_path) -> None:
     with pytest.raises(SFTError, match=message):
-        train(model_folder("llama"), write_rows(tmp_path), made())
+        train(model_folder("llama"), write_rows(tmp_path), made(), batch_size=1)

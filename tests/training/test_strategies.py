@@ -40,7 +40,7 @@ def test_what_works_is_let_through(strategy, precision, adapter):
 
 
 @pytest.mark.parametrize(
-    "name", ["ddp", "auto", "ddp_find_unused_parameters_false", "fsdp2", "FSDP2Strategy", "own"]
+    "name", ["ddp", "auto", "ddp_find_unused_parameters_false", "fsdp2", "FSDP2Strategy", "my.OwnStrategy"]
 )
 def test_a_name_that_is_not_known_to_fail_is_let_through(name):
     strategies.check_name(name)
@@ -52,6 +52,8 @@ REFUSED += [
     "ddp_spawn",
     "ddp_fork",
     "ddp_notebook",
+    "xla",
+    "single_tpu",
     "lightning.pytorch.strategies.FSDPStrategy",
     "DeepSpeedStrategy",
 ]
@@ -65,7 +67,28 @@ def test_what_cannot_work_is_refused_by_its_name(name, capsys, model_folder):
     )
     message = capsys.readouterr().err
     assert name.rpartition(".")[2] in message
-    assert ("use fsdp2" if "ddp" not in name else "use ddp") in message
+    nearest = {"ddp": "ddp", "xla": "ddp", "single_tpu": "auto"}.get(
+        name.partition("_")[0] if "ddp" in name else name
+    )
+    assert f"use {nearest or 'fsdp2'}" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("fdsp2", "did you mean fsdp2?"),
+        ("dp", "did you mean ddp?"),
+        ("none", "use auto, ddp, fsdp2"),
+        ("DDPStrategy", "did you mean ddp?"),
+        ("FSDP2Strategy", "did you mean fsdp2?"),
+    ],
+)
+def test_a_strategy_that_does_not_exist_is_told_with_those_that_do(name, says, capsys):
+    arguments = ["--model.base", "nowhere", "--data.train", "nowhere", "--trainer.strategy", name]
+    assert main(["fit", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert f"no strategy is named '{name}'" in message
+    assert says in message
 
 
 @pytest.mark.parametrize(
@@ -109,6 +132,12 @@ def test_what_needs_whole_matrices_is_not_sharded(adapter, optimizer, reason):
     [
         (["--trainer.precision", "16-mixed"], "use bf16-mixed"),
         (["--trainer.precision", "16"], "use bf16-mixed"),
+        (["--trainer.precision", "transformer-engine"], "use bf16-mixed, or bf16-true"),
+        (["--trainer.precision", "64-true", "--model.adapter", "QLoRA"], "use 32-true, or an adapter"),
+        (
+            ["--trainer.plugins", "BitsandbytesPrecision", "--trainer.plugins.mode", "nf4"],
+            "use model.adapter: QLoRA",
+        ),
     ],
 )
 def test_a_precision_that_lightning_would_change_is_refused(arguments, says, capsys, tmp_path, monkeypatch):
