@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_sft import assets, command_line, plugins, resume, run_folder
+from lightning_sft import assets, command_line, plugins, recorded_paths, resume, run_folder
 from lightning_sft.bases import Evaluator
 from lightning_sft.blame import blame
 from lightning_sft.data.datamodule import SFTDataModule
@@ -184,7 +184,7 @@ class SFTCommand(LightningCLI):
 
     def _dumped(self) -> str:
         """The run's configuration as YAML; a run that was continued has that of its beginning."""
-        config = self.config.fit.clone()
+        config = recorded_paths.absolute(self.config.fit)
         config.pop("config", None)
         if self.resumed is not None and self.resumed.folder is not None:
             config.ckpt_path = None

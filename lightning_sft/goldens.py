@@ -17,6 +17,8 @@ from lightning_sft.conversation import Conversation, Message
 from lightning_sft.errors import SFTError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lightning_sft.example import Example
     from lightning_sft.training.module import SFTModule
 
@@ -46,6 +48,7 @@ def write(module: SFTModule, folder: Path) -> None:
         "part": part,
         "loss": loss(module, examples),
         "dtype": str(next(module.loaded.parameters()).dtype).removeprefix("torch."),
+        "quantized": is_quantized(module.loaded),
         "stop_tokens": sorted(module.renderer.stop_token_ids),
         "conversations": rendered(module),
         "examples": [
@@ -80,6 +83,11 @@ def read(path: Path) -> dict[str, Any]:
     raise SFTError(
         "the golden examples can't be read", where=str(path), fix="check that the file is undamaged"
     )
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether layers of it compute with quantised weights."""
+    return any(type(each).__module__.startswith("bitsandbytes") for each in model.modules())
 
 
 def rendered(module: SFTModule) -> list[dict[str, Any]]:

@@ -8,13 +8,16 @@ nearly all of the gain and has forgotten less.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from lightning_sft import folders
 from lightning_sft.errors import SFTError
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 _TEXTS = 64
 _POINTS = "0,0.25,0.5,0.75,1"
+_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,9 @@ def interpolate(
     if not (folder / run_folder.CONFIG).is_file():
         raise SFTError("this is no run folder", where=run, fix="give one (runs/...)")
     alphas = _numbers(points)
+    target = Path(output) if output else folder / f"interpolated-{write:g}" if write is not None else None
+    if target is not None:
+        folders.free(target)
     golden = goldens.read(folder / goldens.FILE)
     model = run_folder.model_folder(run)
     tokenizer = load_tokenizer(str(model), trust_remote_code=trust_remote_code, key="run")
@@ -85,14 +92,18 @@ def interpolate(
         with between.at(alpha) as at:
             found.append(Point(alpha, golden_loss(at, golden), _general(at, texts)))
     _show(found, folder)
-    if write is not None:
-        target = Path(output) if output else folder / f"interpolated-{write:g}"
-        if target.exists() and any(target.iterdir()):
-            raise SFTError("the folder is not empty", where=str(target), fix="choose another with --output")
+    if write is None or target is None:
+        return
+
+    def written(place: Path) -> None:
         with between.at(write) as at:
-            between.write(at, target)
-        tokenizer.save_pretrained(str(target))
-        print(f"α = {write:g} → {target}")
+            between.write(at, place)
+        tokenizer.save_pretrained(str(place))
+        if (model / _GENERATION).is_file():  # the base's doesn't know where turns end
+            shutil.copyfile(model / _GENERATION, place / _GENERATION)
+
+    folders.write_whole(target, written)
+    print(f"α = {write:g} → {target}")
 
 
 class Full:
@@ -167,9 +178,13 @@ def _between(run: Path, model: Path, average: Sequence[str], trust_remote_code: 
     from lightning_sft.training.models import is_adapter, load_model, load_trained
 
     if is_adapter(model):
-        if average:
-            model = _averaged_adapter(run, model, average)
-        peft = load_trained(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        with TemporaryDirectory() as place:
+            if average:
+                model = _averaged_adapter(run, model, average, Path(place) / "averaged")
+            # of a quantised base what is left of its weights: the sum with the adapter isn't quantised either
+            peft = load_trained(
+                model, dtype=torch.float32, whole_base=True, trust_remote_code=trust_remote_code
+            )
         if not _scaled(peft):
             raise SFTError(
                 "the adapter isn't scaled", where=str(model), fix="LoRA and its kin can be interpolated"
@@ -182,7 +197,11 @@ def _between(run: Path, model: Path, average: Sequence[str], trust_remote_code: 
     from lightning_sft.assets import model_path
 
     base = load_model(
-        model_path(name), dtype=torch.float32, trust_remote_code=trust_remote_code, key="model.base"
+        model_path(name),
+        dtype=torch.float32,
+        revision=options.get("revision"),
+        trust_remote_code=trust_remote_code,
+        key="model.base",
     ).eval()
     before = dict(base.named_parameters())
     if average:
@@ -191,6 +210,12 @@ def _between(run: Path, model: Path, average: Sequence[str], trust_remote_code: 
     else:
         tuned = load_model(str(model), dtype=torch.float32, trust_remote_code=trust_remote_code, key="run")
         after = {key: value.detach() for key, value in tuned.named_parameters()}
+    if strange := after.keys() - before.keys():
+        raise SFTError(
+            f"the base has no {min(strange)}",
+            where=f"--average: {average[0]}" if average else str(model),
+            fix="use checkpoints of this run",
+        )
     if any(before[key].shape != value.shape for key, value in after.items()):
         raise SFTError(
             "base and tuned model have other shapes", where=str(run), fix="interpolate without new tokens"
@@ -201,16 +226,12 @@ def _between(run: Path, model: Path, average: Sequence[str], trust_remote_code: 
 
 def _mean(checkpoints: Sequence[str], run: Path) -> dict[str, Tensor]:
     """The mean of the checkpoints' trained parameters, in float32."""
+    from lightning_sft import run_folder
     from lightning_sft.training.models import load_checkpoint
 
     total: dict[str, Tensor] = {}
     for name in checkpoints:
-        path = Path(name) if Path(name).is_file() else run / "checkpoints" / name
-        if not path.is_file():
-            raise SFTError(
-                "no such checkpoint", where=f"--average: {name}", fix="they are in checkpoints/ of the run"
-            )
-        state = load_checkpoint(path)["state_dict"]
+        state = load_checkpoint(run_folder.checkpoint(run, name, "--average"))["state_dict"]
         if total and state.keys() != total.keys():
             raise SFTError("the checkpoints hold other parameters", where=f"--average: {name}")
         for key, value in state.items():
@@ -218,14 +239,10 @@ def _mean(checkpoints: Sequence[str], run: Path) -> dict[str, Tensor]:
     return total
 
 
-def _averaged_adapter(run: Path, model: Path, checkpoints: Sequence[str]) -> Path:
-    """The exported adapter with the mean of the checkpoints in its place, in the run folder."""
-    import shutil
-
+def _averaged_adapter(run: Path, model: Path, checkpoints: Sequence[str], folder: Path) -> Path:
+    """The exported adapter with the mean of the checkpoints in its place, in the folder."""
     from safetensors.torch import load_file, save_file
 
-    folder = run / "averaged"
-    shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(model, folder)
     path = folder / "adapter_model.safetensors"
     mean, saved = _mean(checkpoints, run), load_file(path)

@@ -1,4 +1,4 @@
-"""An adapter and its base as one model, proved to compute the same before anything of it is written."""
+"""An adapter and its base as one model, or a model in another type: proved to compute the same before it is written."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lightning_sft.errors import SFTError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,7 +57,6 @@ def merge(
         SFTError: The adapter can't be merged, or the result is further from it than `tolerance`.
     """
     import torch
-    from transformers import GenerationConfig
 
     from lightning_sft.training.models import (
         base_of,
@@ -93,20 +93,76 @@ def merge(
             adapter, dtype=torch.float32, whole_base=True, trust_remote_code=trust_remote_code
         )
     try:
-        model = trained.merge_and_unload().to(stored)
+        model = trained.merge_and_unload()
     except (ValueError, NotImplementedError) as error:
         raise SFTError(
             f"the adapter can't be merged: {error}", where=str(adapter), fix="use it with its base"
         ) from error
+    return _save(
+        model, tokenizer, rows, expected, adapter, output,
+        stored=stored, tolerance=tolerance, max_shard_size=max_shard_size,
+    )  # fmt: skip
+
+
+def convert(
+    folder: Path,
+    output: Path,
+    *,
+    dtype: str | None,
+    tolerance: float,
+    max_shard_size: str = "5GB",
+    trust_remote_code: bool = False,
+) -> Parity:
+    """Store a whole model as `dtype`, and compare.
+
+    Raises:
+        SFTError: The model can't be loaded, or the result is further from it than `tolerance`.
+    """
+    import torch
+
+    from lightning_sft.training.models import load_tokenizer, load_trained
+
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code, key="source")
+    rows = _rows(tokenizer)
+    model = load_trained(folder, trust_remote_code=trust_remote_code)
+    stored = getattr(torch, dtype) if dtype else model.dtype
+    return _save(
+        model, tokenizer, rows, _logits(model, rows), folder, output,
+        stored=stored, tolerance=tolerance, max_shard_size=max_shard_size,
+    )  # fmt: skip
+
+
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Tensor],
+    expected: list[Tensor],
+    source: Path,
+    output: Path,
+    *,
+    stored: torch.dtype,
+    tolerance: float,
+    max_shard_size: str,
+) -> Parity:
+    """Write the model as `stored`, if it gives the logits that are expected of it.
+
+    Raises:
+        SFTError: It doesn't.
+    """
+    from transformers import GenerationConfig
+
+    for parameter in model.parameters():  # not `to`, which would round RoPE's frequencies: they aren't stored
+        parameter.data = parameter.data.to(stored)
+    model.config.dtype = stored
     parity = compare(expected, _logits(model, rows))
     if not parity.divergence <= tolerance:
         raise SFTError(
-            f"the merged model is not what the adapter is on its base: {parity}; at most {tolerance:g} is allowed",
-            where=str(adapter),
-            fix="merge with --dtype float32, or allow more with --tolerance",
+            f"what would be written is not what was trained: {parity}; at most {tolerance:g} is allowed",
+            where=str(source),
+            fix="use --dtype float32, or allow more with --tolerance",
         )
-    if (adapter / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(adapter))
+    if (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(source))
     model.save_pretrained(output, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(output)
     return parity

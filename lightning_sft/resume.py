@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_sft import recorded_paths
 from lightning_sft.errors import SFTError
 from lightning_sft.run_folder import CHECKPOINTS, CONFIG, ENDING, LAST, MODEL, RUNS
 from lightning_sft.training.models import load_checkpoint
@@ -125,7 +126,7 @@ def _runs() -> Iterator[tuple[Path, Mapping[str, Any]]]:
         except (OSError, yaml.YAMLError):
             continue
         if isinstance(config, dict):
-            yield path.parent, config
+            yield path.parent, recorded_paths.absolute(config)  # those of older versions have them as given
 
 
 def flat(config: Mapping[str, Any], any_seed: bool, prefix: str = "") -> dict[str, str]:

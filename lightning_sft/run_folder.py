@@ -160,6 +160,26 @@ def model_folder(source: str) -> Path:
     return folder
 
 
+def checkpoint(run: Path, name: str, option: str) -> Path:
+    """A checkpoint of a run, by its path or its name: `last` is `checkpoints/last.ckpt`.
+
+    Raises:
+        SFTError: There is none; `option` is where it was given.
+    """
+    kept = run / CHECKPOINTS
+    for path in (Path(name), kept / name, kept / f"{name}.ckpt"):
+        if path.is_file():
+            return path
+    there = ", ".join(sorted(path.name for path in kept.glob("*.ckpt")))
+    raise SFTError(
+        "no such checkpoint",
+        where=f"{option}: {name}",
+        fix=f"{kept} has {there}"
+        if there
+        else f"there is none in {kept}: the run may have been stopped before",
+    )
+
+
 class RunFolder(Callback):
     """Writes the run's configuration, ledger and model to `trainer.default_root_dir`.
 

@@ -245,10 +245,7 @@ def test_export_copies_to_another_folder(run: Run, elsewhere: Path) -> None:
 
 def test_a_checkpoint_exports_what_the_run_exported(run: Run, elsewhere: Path) -> None:
     checkpoint = str(run.folder / "checkpoints" / "last.ckpt")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(run.folder.parent)  # the base's path in the run's config is relative
-        argv = ["export", str(run.folder), "--ckpt_path", checkpoint, "--output", str(elsewhere / "again")]
-        assert main(argv) == 0
+    assert main(["export", str(run.folder), "--ckpt_path", checkpoint, "--output", "again"]) == 0
     assert torch.equal(logits(elsewhere / "again"), logits(run.model))
     exported = {path.name: path.read_bytes() for path in (elsewhere / "again").iterdir()}
     assert exported == {path.name: path.read_bytes() for path in run.model.iterdir()}
@@ -257,9 +254,7 @@ def test_a_checkpoint_exports_what_the_run_exported(run: Run, elsewhere: Path) -
 def test_an_unfinished_run_exports_its_last_checkpoint(run: Run, elsewhere: Path) -> None:
     unfinished = Path(shutil.copytree(run.folder, elsewhere / "unfinished"))
     shutil.rmtree(unfinished / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(run.folder.parent)
-        assert main(["export", str(unfinished)]) == 0
+    assert main(["export", str(unfinished)]) == 0
     assert torch.equal(logits(unfinished / "model"), logits(run.model))
 
 
@@ -301,3 +296,75 @@ def test_merged_weights_have_the_type_asked_for(runs: dict[str, Run], elsewhere:
     weights = load_file(elsewhere / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {getattr(torch, dtype)}
     assert json.loads((elsewhere / "merged" / "config.json").read_text())["dtype"] == dtype
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_whole_model_is_stored_in_half_precision(runs: dict[str, Run], elsewhere: Path, dtype: str) -> None:
+    from safetensors.torch import load_file
+
+    run = runs["Full"]
+    assert main(["export", str(run.folder), "--dtype", dtype, "--output", "half"]) == 0
+    trained, stored = (
+        load_file(run.model / "model.safetensors"),
+        load_file(elsewhere / "half" / "model.safetensors"),
+    )
+    assert stored.keys() == trained.keys()
+    assert all(torch.equal(stored[name], trained[name].to(getattr(torch, dtype))) for name in trained)
+    assert json.loads((elsewhere / "half" / "config.json").read_text())["dtype"] == dtype
+    assert main(["verify", "half", "--goldens_file", str(run.folder / "goldens.json")]) == 0
+
+
+def without_weights(run: Path) -> None:
+    (run / "model" / "adapter_model.safetensors").unlink()
+
+
+def with_damaged_weights(run: Path) -> None:
+    path = run / "model" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "said"),
+    [
+        ([], without_weights, "the model has no weights"),
+        ([], with_damaged_weights, "the weights are damaged"),
+        (["--output", "file/x"], None, "file: this is a file, not a folder"),
+        (["--merge", "--output", "file/x"], None, "file: this is a file, not a folder"),
+        (["--merge", "--tolerance", "-1", "--output", "deep/x"], None, "what would be written is not"),
+        (["--merge", "--max_shard_size", "much"], None, "'much' is no size"),
+        (["--license", "my own"], None, "no licence's id"),
+        (["--dtype", "bfloat16"], None, "an adapter is stored as it was trained"),
+        (["--ckpt_path", "best"], None, "checkpoints has last.ckpt"),
+    ],
+)
+def test_a_mistake_leaves_nothing_behind(
+    options: list[str],
+    change,
+    said: str,
+    runs: dict[str, Run],
+    elsewhere: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = Path(shutil.copytree(runs["LoRA"].folder, elsewhere / "run"))
+    (elsewhere / "file").touch()
+    if change is not None:
+        change(run)
+        options = ["--output", "copy"]
+    before = sorted(elsewhere.rglob("*"))
+    assert main(["export", "run", *options]) == 2
+    assert said in capsys.readouterr().err
+    assert sorted(elsewhere.rglob("*")) == before
+
+
+def test_a_disk_that_is_full_leaves_nothing_behind(
+    runs: dict[str, Run], elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        assert main(["export", str(runs["LoRA"].folder), "--merge", "--output", "merged"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "it can't be written" in capsys.readouterr().err
+    assert list(elsewhere.iterdir()) == []

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_sft import SFTError
+from lightning_sft.__main__ import main
 from lightning_sft.interpolate import interpolate
 from lightning_sft.run_folder import CHECKPOINTS
 
@@ -65,7 +66,7 @@ def test_a_point_has_the_weights_between(adapter, copy, general, model_folder, t
 
     run = copy(adapter)
     interpolate(str(run), points="0,0.25,1", general=general, write=0.25, output=str(tmp_path / "quarter"))
-    tuned = run / "model"
+    tuned, found_in = run / "model", tmp_path / "quarter"
     if adapter == "LoRA":
         export(str(run), str(tmp_path / "merged"), merge=True)
         tuned = tmp_path / "merged"
@@ -79,6 +80,10 @@ def test_a_point_has_the_weights_between(adapter, copy, general, model_folder, t
         expected = losses(folder, run, texts)
         assert (point["validation"], point["general"]) == pytest.approx(expected, rel=1e-5)
     assert (run / "interpolation.png").read_bytes().startswith(b"\x89PNG")
+    stops = [
+        json.loads((place / "generation_config.json").read_text()) for place in (found_in, run / "model")
+    ]
+    assert stops[0]["eos_token_id"] == stops[1]["eos_token_id"]
 
 
 @pytest.mark.parametrize("adapter", ["Full", "LoRA"])
@@ -101,12 +106,43 @@ def test_checkpoints_are_averaged(adapter, copy, general, tmp_path):
 
 def test_mistakes_are_told(copy, tmp_path, general):
     run = copy("LoRA")
+    other, before = copy("Full") / CHECKPOINTS / "last.ckpt", sorted(run.rglob("*"))
     for options, says in (
         ({"points": "a"}, "no values of α"),
+        ({"average": [str(other)]}, "the checkpoints lack"),
+        ({"write": 1.0, "output": str(other.parent)}, "the folder is not empty"),
+        ({"write": 1.0, "output": str(other / "x")}, "this is a file"),
         ({"average": ["none.ckpt"]}, "no such checkpoint"),
         ({"general": str(tmp_path / "none.jsonl")}, "no such file"),
     ):
         with pytest.raises(SFTError, match=says):
             interpolate(str(run), **{"general": general, **options})
+    assert sorted(run.rglob("*")) == before
     with pytest.raises(SFTError, match="no run folder"):
         interpolate(str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_what_was_trained_on_a_quantised_base_is_merged_and_interpolated(
+    kind, model_folder, tmp_path, general
+):
+    """By the commands alone; what `interpolate` writes at 1 is what `export --merge` writes."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"instruction": f"say {n}", "output": "how are you?"}) + "\n" for n in range(8))
+    )
+    run = str(tmp_path / "run")
+    options = {
+        "model.base": model_folder("wide"), "model.adapter": "QLoRA", "model.adapter.quant_type": kind,
+        "data.train": rows, "data.batch_size": 4, "model.learning_rate": 0.01, "trainer.accelerator": "cpu",
+        "trainer.max_steps": 4, "trainer.default_root_dir": run,
+    }  # fmt: skip
+    assert main(["fit", *(f"--{key}={value}" for key, value in options.items())]) == 0
+    assert main(["export", run, "--merge"]) == 0
+    interpolate(run, points="1", general=general, write=1.0)
+    merged, found = weights(tmp_path / "run" / "merged"), weights(tmp_path / "run" / "interpolated-1")
+    assert merged.keys() == found.keys()
+    assert all(torch.allclose(merged[name], found[name], atol=1e-6) for name in merged)
+    for folder in ("model", "merged", "interpolated-1"):
+        assert main(["verify", f"{run}/{folder}"]) == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from lightning_sft import SFTError, model_card
 from lightning_sft.export import export
@@ -56,6 +57,8 @@ def test_what_was_not_forgotten_and_the_hubs_base_are_in_it(run):
 def test_a_merged_model_has_a_card_of_its_own_and_files_of_the_size_asked_for(run):
     export(str(run), merge=True, license="mit", max_shard_size="20KB")
     front, _ = parts(run / "merged")
+    card = ModelCard.load(run / "merged" / "README.md").data  # the Hub's own reading
+    assert (card.license, card.library_name, card.pipeline_tag) == ("mit", "transformers", "text-generation")
     assert (front["library_name"], front["license"]) == ("transformers", "mit")
     index = json.loads((run / "merged" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1

@@ -43,6 +43,19 @@ def test_a_merged_model_passes_too_and_another_type_within_its_precision(copy, t
         verify(str(tmp_path / "half"), str(run / "goldens.json"), tolerance=1e-7)
 
 
+def test_a_merged_model_is_as_near_as_its_quantised_base_was_exact(copy):
+    run = copy("LoRA")
+    golden = json.loads((run / "goldens.json").read_text())
+    assert golden["quantized"] is False
+    golden["loss"] *= 1.01
+    for quantized in (True, False):
+        (run / "goldens.json").write_text(json.dumps({**golden, "quantized": quantized}))
+        if quantized:
+            verify(str(run))
+    with pytest.raises(SFTError, match="loss on"):
+        verify(str(run))
+
+
 def _weights(model: Path) -> None:
     path = next(model.glob("*.safetensors"))
     tensors = load_file(path)

@@ -75,7 +75,7 @@ def test_a_merge_that_is_not_the_adapter_is_refused_and_nothing_is_written(
             load_trained(folder, **options) if not whole_base else unquantised(folder)
         ),
     )  # fmt: skip
-    with pytest.raises(SFTError, match="the merged model is not what the adapter is on its base: KL"):
+    with pytest.raises(SFTError, match="what would be written is not what was trained: KL"):
         merging.merge(exported("nf4"), tmp_path / "merged", dtype=None, tolerance=0.01)
     assert not (tmp_path / "merged").exists()
 
