@@ -225,6 +225,20 @@ class TestOverlap(FilterTests):
         self.options = {"held_out": [str(tmp_path / "held_out.txt")]}
 
 
+class TestOverlapWithEvaluators(FilterTests):
+    plugin = Overlap
+    facts = {"path": "tiny:facts", "prompt": "Question: {{ question }} Answer:", "answer": "answer"}
+    options = {
+        "evaluators": [
+            {"class_path": "MultipleChoice", "init_args": {**facts, "compared": "{{ question }}"}},
+            {"class_path": "Perplexity", "init_args": {"path": "tiny:general"}},
+        ],
+        "least_words": 4,
+    }
+    kept = (talk("Where do you live?", "In Question: Answer:"),)
+    dropped = (talk("Say: where does Anna live?", "Elmton."),)
+
+
 class TestPattern(FilterTests):
     plugin = Pattern
     options = {"drop": ["TODO"], "require": ["[.!]$"], "roles": ["assistant"]}

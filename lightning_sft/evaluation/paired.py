@@ -24,8 +24,8 @@ class Difference:
         after: Its mean with the second model.
         low: Lower end of the difference's 95 % interval: paired bootstrap over items, 2,000 resamples.
         high: Its upper end.
-        p: For right or wrong, the exact two-sided McNemar test: the chance of a split at least this uneven if both
-            models were as good. None for other metrics.
+        p: For right or wrong, all items counting alike, the exact two-sided McNemar test: the chance of a split at
+            least this uneven if both models were as good. None for other metrics.
         gained: The items (task, number) that became right.
         lost: Those that became wrong.
     """
@@ -58,7 +58,7 @@ def _difference(metric: str, pairs: Sequence[tuple[Record, Record]], seed: int) 
     weights = np.array([after.weights.get(metric, 1.0) for _, after in pairs])
     low, high = _interval((values[:, 1] - values[:, 0]) * weights, weights, seed)
     gained, lost, p = [], [], None
-    if np.isin(values, (0.0, 1.0)).all():
+    if np.isin(values, (0.0, 1.0)).all() and (weights == 1.0).all():
         places = [(after.task, after.number) for _, after in pairs]
         gained = [place for place, (a, b) in zip(places, values, strict=True) if a < b]
         lost = [place for place, (a, b) in zip(places, values, strict=True) if a > b]

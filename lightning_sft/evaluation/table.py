@@ -64,11 +64,11 @@ def _compared(found: Found, score: Score) -> list[str]:
     old = before.get((score.name, score.metric))
     if old is None:
         return ["", _value(score), "", "", "", ""]
-    row = [_number(old.value), _number(score.value), f"{score.value - old.value:+.4f}"]
+    row = [_number(old.value), _number(score.value), _number(score.value - old.value, "+")]
     change = _change_of(found, score, old)
     if change is None:
         return [*row, "", "", ""]
-    interval = f"{change.low:+.4f} … {change.high:+.4f}"
+    interval = f"{_number(change.low, '+')} … {_number(change.high, '+')}"
     if change.p is None:
         return [*row, interval, "", ""]
     return [*row, interval, f"{change.p:.3g}", f"{len(change.gained)} / {len(change.lost)}"]
@@ -91,5 +91,6 @@ def _value(score: Score) -> str:
     return f"{_number(score.value)}{spread}"
 
 
-def _number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+def _number(value: float, sign: str = "") -> str:
+    digits = ".4f" if abs(value) < 10 else ".2f" if abs(value) < 1e6 else ".3e"
+    return f"{value:{sign}{digits}}"

@@ -26,10 +26,15 @@ def _content(answer: str, language: str) -> str:
 
 def _is_json(answer: str) -> bool:
     try:
-        json.loads(_content(answer, "json"))
-    except (ValueError, RecursionError):  # a model that has gone wrong opens brackets without end
+        json.loads(_content(answer, "json"), parse_constant=_no_constant)
+    except (ValueError, RecursionError):  # the latter of thousands of brackets
         return False
     return True
+
+
+def _no_constant(name: str) -> None:
+    """NaN and Infinity, which Python reads, are no JSON."""
+    raise ValueError(name)
 
 
 def _is_xml(answer: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_sft import SFTError
 
@@ -92,7 +93,8 @@ class Probe(Callback):
         if not self.history or self.history[-1]["step"] != trainer.global_step:
             began = time.monotonic()
             module.throughput.pause()
-            self.history.append({"step": trainer.global_step, **self.measure(trainer, module)})
+            with isolate_rng():  # whatever is measured may draw numbers
+                self.history.append({"step": trainer.global_step, **self.measure(trainer, module)})
             module.throughput.resume()
             self.seconds += time.monotonic() - began
             self.count_time()

@@ -87,7 +87,7 @@ class LMEvalHarness(Evaluator):
     def requests(self) -> Sequence[Item]:
         """One item for each of the tasks' documents."""
         self._check()
-        from lightning_sft_evaluators.harness_lm import AskedLM, Noted, ignored, request_of, run
+        from lightning_sft_evaluators.harness_lm import AskedLM, Noted, ignored, question_of, request_of, run
 
         manager = self._manager
         with suppress(Noted):
@@ -100,7 +100,12 @@ class LMEvalHarness(Evaluator):
                 documents.setdefault(instance.doc_id, []).append(instance)
                 left_out.update(ignored(instance))
             items += [
-                Item(task, number, tuple(map(request_of, instances)))
+                Item(
+                    task,
+                    number,
+                    tuple(map(request_of, instances)),
+                    text=question_of(loaded, instances[0].doc),
+                )
                 for number, instances in documents.items()
             ]
         if left_out:
@@ -112,7 +117,7 @@ class LMEvalHarness(Evaluator):
     def score(self, answered: Sequence[Answered]) -> Results:
         """The harness's own figures for groups and tasks."""
         self._check()
-        from lightning_sft_evaluators.harness_lm import AskedLM, run
+        from lightning_sft_evaluators.harness_lm import AskedLM, own_randomness, run
 
         answers = {
             request: response
@@ -123,7 +128,8 @@ class LMEvalHarness(Evaluator):
         chosen: dict[str, list[int]] = {}
         for each in answered:
             chosen.setdefault(each.item.task, []).append(each.item.number)
-        whole = set(self._manager.load(self.tasks)["tasks"]) <= set(chosen)
+        with own_randomness():
+            whole = set(self._manager.load(self.tasks)["tasks"]) <= set(chosen)
         names = self.tasks if whole else list(chosen)
         found = run(AskedLM(answers), self._manager, names, samples=chosen, **self.options)
         return Results(tuple(self._scores(found)), tuple(_records(answered, found["samples"])))

@@ -142,6 +142,17 @@ def ignored(instance: Instance) -> list[str]:
     return [name for name in _IGNORED if name in instance.args[1]]
 
 
+def question_of(task: Any, document: Any) -> str:
+    """What a document asks, without examples; empty where the task has no such text.
+
+    Tasks whose prompt isn't the question often name the column that training data is to be compared with.
+    """
+    column = getattr(task.config, "doc_to_decontamination_query", None)
+    asked = document.get(column) if isinstance(column, str) and isinstance(document, dict) else None
+    asked = asked if isinstance(asked, str) else task.doc_to_text(document)
+    return asked if isinstance(asked, str) else ""
+
+
 def _prompt(context: str) -> str | tuple[Message, ...]:
     if not context.startswith(_CHAT):
         return context
@@ -160,7 +171,7 @@ def run(lm: AskedLM, manager: Tasks, tasks: Sequence[str], **options: Any) -> Ma
     Raises:
         SFTError: A task isn't there, or can't be loaded or asked.
     """
-    with _own_randomness():
+    with own_randomness():
         try:
             found: Mapping[str, Any] = simple_evaluate(
                 lm, tasks=list(tasks), task_manager=manager, torch_random_seed=None, **options
@@ -177,7 +188,8 @@ def run(lm: AskedLM, manager: Tasks, tasks: Sequence[str], **options: Any) -> Ma
 
 
 @contextmanager
-def _own_randomness() -> Iterator[None]:
+def own_randomness() -> Iterator[None]:
+    """Within this context the harness may draw: afterwards the generators are as they were."""
     kept, kept_numpy = random.getstate(), np.random.get_state()
     try:
         yield

@@ -174,7 +174,7 @@ def _is_json(answer: str, options: Options) -> bool:
     inside = re.sub(r"^```(?:json)?", "", answer.strip(), flags=re.IGNORECASE).removesuffix("```")
     try:
         json.loads(inside)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of thousands of brackets
         return False
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from lightning_sft import (
     Evaluator,
+    Generate,
     Item,
     LogLikelihood,
     Record,
@@ -335,6 +337,23 @@ class Likely(Evaluator):
         return Results((*scores, Score.mean("likely/texts", "nats", [0.0])), tuple(records))
 
 
+def draw() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(1))
+
+
+class Drawing(Likely):
+    """An evaluator that draws from every generator of random numbers, and generates."""
+
+    def requests(self):
+        draw()
+        asked = Generate("hello", max_new_tokens=3, temperature=1.0)
+        return [*super().requests(), Item("drawn", 0, (asked,))]
+
+    def score(self, answered):
+        draw()
+        return super().score(answered[:-1])
+
+
 def test_evaluators_run_on_the_way_on_the_same_items(train, model_folder):
     from lightning_sft import Scorer
 
@@ -361,13 +380,21 @@ def test_none_of_them_changes_the_run(train, tmp_path):
     probes = [
         MemorizationProbe(every_n_steps=1), DriftProbe(1), SampleGenerations(["a"], None, 1, 3, temperature=1.0),
         RefusalProbe(prompts, prompts, 1, 3), BiasProbe(prompts, 1), FormatProbe(prompts, 1, 3),
-        EvaluateDuringFit([Likely()], 1),
+        EvaluateDuringFit([Likely(), Drawing()], 1),
     ]  # fmt: skip
-    weights = [
-        [p.detach().clone() for p in train(*callbacks, adapter=LoRA(r=4, dropout=0.3)).parameters()]
-        for callbacks in ([], probes)
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    states, drawn = [], []
+    for callbacks in ([], probes):
+        random.seed(1)
+        np.random.seed(1)
+        module = train(*callbacks, adapter=LoRA(r=4, dropout=0.3))
+        (moments,) = (each.state_dict()["state"].values() for each in module.trainer.optimizers)
+        kept = [torch.as_tensor(value).clone() for each in moments for value in each.values()]
+        steps = torch.tensor([module.trainer.global_step, module.training])
+        states.append([p.detach().clone() for p in module.parameters()] + kept + [steps])
+        drawn.append(draw())
+    assert len(states[0]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    assert drawn[0] == drawn[1]
     for probe in probes:
         assert [record["step"] for record in probe.history] == [0, 1, 2, 3]
         saved = probe.state_dict()

@@ -99,10 +99,10 @@ def test_a_run_with_its_base_beside_it(here, capsys):
     assert [r["scores"] for r in before] != [r["scores"] for r in after]
     assert len(records(run, "Perplexity")) == 7
     out = capsys.readouterr().out
-    (line,) = (line for line in out.splitlines() if line.startswith("MMLU: mmlu acc"))
+    (line,) = (" ".join(line.split()) for line in out.splitlines() if line.startswith("MMLU: mmlu acc"))
     low, high = change["low"], change["high"]
     for figure in (
-        f"{change['before']:.4f}  {change['after']:.4f}",
+        f"{change['before']:.4f} {change['after']:.4f}",
         f"{low:+.4f} … {high:+.4f}",
         f"{len(gained)} / {len(change['lost'])}",
     ):

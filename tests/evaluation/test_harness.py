@@ -104,6 +104,10 @@ def test_its_figures_are_those_of_the_harness_with_its_own_model(tasks, scorer, 
         task_manager=TaskManager(include_path=tasks, include_defaults=False),
         bootstrap_iters=100,
     )
+    assert [each.text for each in evaluator.texts()][6:8] == [
+        "who asks 6?",
+        "who asks 0?",
+    ]  # without examples
     assert len(results.scores) == (4 if not shots else 2)
     for score in results.scores:
         task = score.name.removeprefix("harness/")
@@ -134,6 +138,7 @@ def test_groups_limits_and_parts(tasks, scorer):
     assert items == evaluator.requests()
     answered = scorer.answer(items)
     scores = {(each.name, each.metric): each for each in evaluator.score(answered).scores}
+    assert random.getstate() == before
     assert scores["harness/ours", "acc"].items == 8
     assert scores["harness/our_choice", "acc"].items == 4
     part = evaluator.score(answered[1:3])
@@ -224,7 +229,8 @@ def test_the_tests_above_pass_where_the_harness_is_installed_beside(tmp_path):
     ]
     subprocess.run([*install, "lm_eval"], check=True, timeout=600)
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'plugins'}"}
-    command = [python, "-m", "pytest", "-q", "-m", "not slow", Path(__file__)]
+    kit = f"{ROOT / 'tests/test_conformance.py'}::TestLMEvalHarness"
+    command = [python, "-m", "pytest", "-q", "-m", "not slow", Path(__file__), kit]
     done = subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False
     )

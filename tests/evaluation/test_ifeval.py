@@ -85,6 +85,7 @@ CASES = [
     ("detectable_format:json_format", {}, '```json\n{"a": [1]}\n```', 'Here: {"a": 1}'),
     ("detectable_format:json_format", {}, " [1, 2] ", "{a: 1}"),
     ("detectable_format:json_format", {}, "```JSON\n{}", "```yaml\n{}\n```"),
+    ("detectable_format:json_format", {}, "[[]]", "[" * 100_000),
     ("detectable_format:title", {}, "<<joy>>\nText", "<joy>\n<< >>"),
     ("combination:two_responses", {}, "a\n******\nb", "a\n******\na"),
     ("combination:two_responses", {}, "a ****** b ******", "a ****** b ****** c"),

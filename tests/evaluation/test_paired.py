@@ -38,6 +38,8 @@ def test_weighted_means_and_no_test_for_what_is_not_right_or_wrong():
     (found,) = differences(records([2.0, 4.0], "bpb", [1, 3]), records([1.0, 3.0], "bpb", [1, 3]))
     assert (found.before, found.after, found.p) == (3.5, 2.5, None)
     assert found.low == found.high == pytest.approx(-1.0)
+    (rates,) = differences(records([0, 1], "inst", [2, 1]), records([1, 1], "inst", [2, 1]))
+    assert (rates.before, rates.after, rates.p, rates.gained) == (pytest.approx(1 / 3), 1.0, None, ())
 
 
 def test_only_items_of_both_are_compared():

@@ -241,6 +241,7 @@ def test_formats_are_valid_or_not(tmp_path):
     evaluator = ReferenceMetrics(write(tmp_path / "a.jsonl", rows), metrics=[], valid_as="json")
     results = answer(evaluator, ['{"a": 1}', "{a: 1}", "```json\n[1]\n```"])
     assert values(results) == {("references", "valid_json"): pytest.approx(2 / 3)}
+    assert not any(is_valid_format(text, "json") for text in ("NaN", "[-Infinity]", "[" * 100_000))
     assert is_valid_format("<a>b</a>", "xml")
     assert not is_valid_format("<a>b</b>", "xml")
     assert not is_valid_format("[" * 5000, "json")
