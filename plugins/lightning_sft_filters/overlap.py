@@ -27,7 +27,7 @@ class Overlap(Filter):
     """Drops conversations that share a run of words with texts that are held out, such as the items of a benchmark.
 
     Args:
-        held_out: Data files, folders or Hub ids with these texts; every text in a row is one.
+        held_out: Data files, folders or Hub ids with these texts, or one; every text in a row is one.
         columns: Only the texts in these columns.
         words: How many words in a row count as an overlap.
         least_words: A held-out text with fewer words than `words` is looked for as a whole if it has at least so many;
@@ -37,7 +37,7 @@ class Overlap(Filter):
 
     def __init__(
         self,
-        held_out: list[str],
+        held_out: list[str] | str,
         columns: list[str] | None = None,
         words: int = 13,
         least_words: int = 8,
@@ -46,7 +46,8 @@ class Overlap(Filter):
         at_least(self, "least_words", least_words, 1)
         at_least(self, "words", words, least_words)
         self.part: Part = part
-        self.runs = _runs(held_out, columns, words, least_words)
+        paths = [held_out] if isinstance(held_out, str) else held_out
+        self.runs = _runs(paths, columns, words, least_words)
 
     def judge(self, conversation: Conversation | Segments) -> Verdict:
         """Drops it with the number of shared runs as the score, and the first of them as the detail."""
