@@ -173,6 +173,21 @@ def test_nothing_but_failures_ends_the_sweep(tmp_path):
     assert not (tmp_path / "s" / "best.yaml").exists()
 
 
+class Uneven(Quick):
+    """Whose second epoch is longer than the first one, and ends early in two steps of one thousandth."""
+
+    def _listened(self, trial, folder):
+        for value, at in ((3.0, 1000), (2.0, 917), (1.0, 917)):
+            self._stops(trial, value, at)
+        return False, []
+
+
+def test_the_value_is_the_last_that_was_told(tmp_path):
+    found = study(tmp_path / "s", Uneven)
+    found.run(1, None)
+    assert [trial.value for trial in found.trials()] == [1.0]
+
+
 class Diverging(Quick):
     def _stops(self, trial, value, at):
         return super()._stops(trial, math.nan if at == 3000 else value, at)
