@@ -84,6 +84,19 @@ def test_whole_texts_are_not_kept_as_words(split, keeps):
     assert OffsetTokenizer(tokenizer)._keeps_texts == keeps
 
 
+def test_how_the_tokenizer_was_set_before_cuts_and_pads_nothing():
+    tokenizer = build_tokenizer.__wrapped__("bytes", ADDED)
+    backend, text = tokenizer.backend_tokenizer, f"the cat {tokenizer.eos_token or ADDED[0]} sat"
+    encoder = OffsetTokenizer(tokenizer)
+    ((whole, _),) = encoder.encode([text])
+    backend.enable_truncation(2)
+    backend.enable_padding(length=50)
+    backend.encode_special_tokens = True
+    ((again, _),) = encoder.encode([text])
+    assert again.tolist() == whole.tolist()
+    assert len(whole) > 2
+
+
 def test_counting_ends_where_it_is_in_vain(monkeypatch):
     tokenizer, _, _ = tokenizers("bytes")
     encoder, calls = OffsetTokenizer(tokenizer), []

@@ -188,18 +188,18 @@ class Study:
             SFTError: The run failed, or has no value.
         """
         if resume.is_finished(folder):  # the sweep was killed before it could note that
-            cut, names = bool(trial.user_attrs.get("cut", False)), list[str]()
+            cut, names = bool(trial.user_attrs.get("told", {}).get("cut", False)), list[str]()
         else:
             cut, names = self._listened(trial, folder)
-        values = self._study.get_trials(deepcopy=False)[trial.number].intermediate_values
-        if not values:
+        told = trial.user_attrs.get("told")
+        if told is None:
             close = [name for name in names if name.split("/")[-1] == self.plan.metric.split("/")[-1]]
             raise MetricMissing(
                 f"the run has logged no {self.plan.metric}",
                 where=f"--metric {self.plan.metric}",
                 fix=f"give one that it logs: {', '.join(close or names)}",
             )
-        value = values[max(values)]
+        value = told["value"]
         if not math.isfinite(value):
             raise SFTError(f"{self.plan.metric} is {value} at the end", where=str(folder))
         if cut:
@@ -253,7 +253,8 @@ class Study:
         if at not in known:  # else from before the checkpoint that the trial goes on from
             trial.report(value, at)
         stops = bool(trial.should_prune())
-        trial.set_user_attr("cut", stops)
+        # The last one counts, also where that of the same thousandth of an epoch, or of a longer epoch, is known.
+        trial.set_user_attr("told", {"value": value, "cut": stops})
         return stops
 
     def _folder(self, number: int) -> Path:

@@ -44,7 +44,7 @@ class Overlap(Filter):
     """Drops conversations that share a run of words with texts that are held out, such as the items of a benchmark.
 
     Args:
-        held_out: Data files, folders or Hub ids with these texts; every text in a row is one.
+        held_out: Data files, folders or Hub ids with these texts, or one; every text in a row is one.
         evaluators: Evaluators, as they are configured for `evaluate`: the question of each item is one, and its right
             answer where that has `least_words` words.
         columns: Of `held_out`, only the texts in these columns.
@@ -56,7 +56,7 @@ class Overlap(Filter):
 
     def __init__(
         self,
-        held_out: list[str] | None = None,
+        held_out: list[str] | str | None = None,
         evaluators: list[Evaluator] | None = None,
         columns: list[str] | None = None,
         words: int = 13,
@@ -72,7 +72,8 @@ class Overlap(Filter):
                 fix="give files as `held_out`, or `evaluators`",
             )
         self.part: Part = part
-        texts = chain(_of_files(held_out or (), columns), _of_evaluators(evaluators or (), least_words))
+        paths = [held_out] if isinstance(held_out, str) else held_out or ()
+        texts = chain(_of_files(paths, columns), _of_evaluators(evaluators or (), least_words))
         self.places: list[tuple[str, str]] = []
         self.runs = _runs(texts, words, least_words, self.places)
 

@@ -319,6 +319,33 @@ def test_other_filters_options_or_order_make_it_anew(other, tmp_path, renderer):
     assert made([source], renderer, chain, folder).from_cache
 
 
+class Holding(Filter):
+    """Holds something."""
+
+    def __init__(self, held: object) -> None:
+        self.held = held
+
+    def judge(self, conversation):
+        return Verdict()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (np.array([1, 2]), np.array([1, 3])),
+        (np.array([1, 2]), np.array([[1, 2]])),
+        (re.compile("a"), re.compile("b")),
+        (re.compile("a"), re.compile("a", re.IGNORECASE)),
+    ],
+)
+def test_arrays_and_patterns_that_a_filter_holds_are_compared(one, other, tmp_path, renderer):
+    source = write(tmp_path / "rows.jsonl", [["a"]])
+    cached = [
+        made([source], renderer, [Holding(each)], tmp_path / "c").from_cache for each in (one, other, one)
+    ]
+    assert cached == [False, False, True]
+
+
 @pytest.mark.parametrize("chain", [[Shorter()], CHAIN], ids=["each by itself", "sets"])
 def test_what_was_dropped_is_kept_with_the_rest(chain, tmp_path, renderer):
     source, folder = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "cache"

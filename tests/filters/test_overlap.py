@@ -72,6 +72,7 @@ def test_case_and_punctuation_do_not_count_and_the_run_is_told(held_out):
         "items.jsonl, row 1: a ball is thrown straight up into the air how long until it"
     )
     assert overlap.judge(said("", asked=ITEM)).score == 4
+    assert Overlap(*held_out({"question": ITEM})).judge(said(ITEM)).score == 4  # one path by itself
     assert Overlap(held_out({"question": ITEM}), part="response").judge(said("", asked=ITEM)).keep
     twelve = " ".join(ITEM.split()[:12])
     assert overlap.judge(said(twelve)).keep

@@ -41,6 +41,8 @@ def test_every_required_pattern_has_to_be_in_some_message():
     pattern = Pattern(require=["a", "b"])
     assert pattern.judge(said("a", "b")).keep
     assert pattern.judge(said("a", "c")) == Verdict("'b' isn't in it")
+    assert not Pattern(require=["TODO"]).judge(said("Done.")).keep  # only the user says it
+    assert Pattern(require=["DONE"], ignore_case=True).judge(said("Done.")).keep
 
 
 @pytest.mark.parametrize("option", ["drop", "require"])

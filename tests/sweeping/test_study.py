@@ -173,6 +173,55 @@ def test_nothing_but_failures_ends_the_sweep(tmp_path):
     assert not (tmp_path / "s" / "best.yaml").exists()
 
 
+class Uneven(Quick):
+    """Whose second epoch is longer than the first one, and ends early in two steps of one thousandth."""
+
+    def _listened(self, trial, folder):
+        for value, at in ((3.0, 1000), (2.0, 917), (1.0, 917)):
+            self._stops(trial, value, at)
+        return False, []
+
+
+def test_the_value_is_the_last_that_was_told(tmp_path):
+    found = study(tmp_path / "s", Uneven)
+    found.run(1, None)
+    assert [trial.value for trial in found.trials()] == [1.0]
+
+
+class Diverging(Quick):
+    def _stops(self, trial, value, at):
+        return super()._stops(trial, math.nan if at == 3000 else value, at)
+
+
+def test_a_trial_that_ends_with_no_number_has_failed(tmp_path):
+    found = study(tmp_path / "s", Diverging)
+    found.run(2, None)
+    assert [trial.state for trial in found.trials()] == ["failed"] * 2
+    assert "val/loss is nan at the end" in found.trials()[0].error
+    assert not (tmp_path / "s" / "best.yaml").exists()
+
+
+class Ended(Quick):
+    """Whose sweep is killed when a run has ended."""
+
+    def _listened(self, trial, folder):
+        super()._listened(trial, folder)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("stops", "state"), [(False, "complete"), (True, "pruned")])
+def test_a_run_that_had_ended_is_noted_and_not_run_again(stops, state, tmp_path, monkeypatch):
+    from lightning_sft.sweeping import study as module
+
+    monkeypatch.setattr("optuna.trial.Trial.should_prune", lambda trial: stops)
+    with pytest.raises(KeyboardInterrupt):
+        study(tmp_path / "s", Ended).run(1, None)
+    monkeypatch.setattr(module.resume, "is_finished", lambda folder: True)
+    again = study(tmp_path / "s", Ended)
+    again.run(1, None)
+    assert [trial.state for trial in again.trials()] == [state]
+
+
 class Silent(Quick):
     def _listened(self, trial, folder):
         return False, ["train/loss", "validation/loss", "epoch"]
