@@ -9,6 +9,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +32,13 @@ _UNKNOWN_INIT_ARG = re.compile(
     r"Problem with given class_path '([\w.]+)':\s+(?:- )?"
     r"(?:Option '(\w+)' is not accepted|.*?[Kk]ey '(?:init_args\.)?(\w+)' is not expected)"
 )
+_OPTION_OF_CLASS = re.compile(
+    r"\n *- Problem with given class_path '[\w.]+':\n( +)Parser key \"(\w+)\":(.*)", re.DOTALL
+)
+_OPTION_OF_CALLABLE = re.compile(
+    r"Option '(\w+)' is not accepted\. Got value: Namespace\(class_path='([\w.]+)'"
+)
+_NOT_IN_MODULE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _BASE = re.compile(r"lightning_sft\.bases\.(\w+)")
 _NO_OPTION = re.compile(r"no option is named '([\w.]+)'")
 _ABSENT = object()
@@ -111,6 +120,8 @@ def in_config(error: SFTError, argv: Sequence[str]) -> SFTError:
     for name in reversed(_config_files(argv)):
         found: object = read_config(name)
         for part in key.split("."):
+            if isinstance(found, dict) and part not in found:
+                found = found.get("init_args")
             found = found.get(part, _ABSENT) if isinstance(found, dict) else _ABSENT
         if found is not _ABSENT:
             return error.at(name)
@@ -186,7 +197,8 @@ def explain(message: str, options: Iterable[str]) -> SFTError:
         message: What jsonargparse says.
         options: The options that exist.
     """
-    found = _KEY.search(message)
+    option = None if _UNKNOWN_CLASS.search(message) else _OPTION_OF_CLASS.search(message)
+    found = _KEY.search(message[: option.start()] if option else message)
     where = found.group(1) if found else None
     if twice := _AMBIGUOUS.search(message):
         paths = sorted(twice.group(2).split(", "))
@@ -196,6 +208,11 @@ def explain(message: str, options: Iterable[str]) -> SFTError:
             where=where,
             fix=f"give the full class path: {' or '.join(paths)}",
         )
+    if option:
+        indent, key, rest = option.groups()
+        inside = takewhile(lambda line: not line or line.startswith(f"{indent} "), rest.split("\n"))
+        inner = explain("\n".join(inside), options)
+        return SFTError(inner.what, where=".".join(filter(None, (where, key, inner.where))), fix=inner.fix)
     if unknown := _UNKNOWN_CLASS.search(message):
         base = _BASE.search(message)
         kind = _KINDS.get(base.group(1)) if base else None
@@ -208,6 +225,18 @@ def explain(message: str, options: Iterable[str]) -> SFTError:
         known = _imported_subclasses(message) or [plugin.name for plugin in plugins.discover()]
         fix = _nearest(name, known) or "give its full class path"
         return SFTError(f"no class is named {name!r}", where=where, fix=fix)
+    if absent := _NOT_IN_MODULE.search(message):
+        module, name = absent.groups()
+        fix = _nearest(name, dir(import_module(module))) or "give its full class path"
+        return SFTError(f"no class is named '{module}.{name}'", where=where, fix=fix)
+    if option := _OPTION_OF_CALLABLE.search(message):
+        name, class_path = option.groups()
+        known = _parameters(class_path)
+        return SFTError(
+            f"{class_path.rpartition('.')[2]} has no option {name!r}",
+            where=where,
+            fix=_nearest(name, known) or f"its options: {', '.join(known)}",
+        )
     if option := _UNKNOWN_INIT_ARG.search(message):
         class_path, name = option.group(1), option.group(2) or option.group(3)
         known = _parameters(class_path)
@@ -279,6 +308,7 @@ def quieten() -> None:
         ".*is_gradient_checkpointing.*deprecated.*",
         "Be aware that when using `ckpt_path`, callbacks used to create.*",
         "You're resuming from a checkpoint that ended before the epoch ended and your dataloader is not",
+        "`loftq_config` specified but will be ignored.*",  # which jsonargparse makes for every LoraConfig
         "The dirpath has changed from .*checkpoints.* won't be reloaded",
     ):
         warnings.filterwarnings("ignore", message)

@@ -286,6 +286,38 @@ def an_unknown_option_of_an_adapter_in_a_config(place: Place) -> list[str]:
     return place.fit("--config", place.file("my.yaml", config))
 
 
+@says("model.adapter.r: expected int, got 'many'")
+def a_wrong_type_of_an_option_of_an_adapter(place: Place) -> list[str]:
+    return place.fit("--model.adapter", "LoRA", "--model.adapter.r", "many")
+
+
+@says("my.yaml, model.adapter.init: expected one of 'default', ", "'corda', got 'pizza'")
+def a_choice_of_an_adapter_that_is_none(place: Place) -> list[str]:
+    config = "model: {adapter: {class_path: LoRA, init_args: {init: pizza}}}"
+    return place.fit("--config", place.file("my.yaml", config))
+
+
+@says("model.adapter.config.target_modules: expected list[str], str, null, got '3'")
+def a_wrong_type_in_a_class_of_pefts(place: Place) -> list[str]:
+    config = "{class_path: peft.IA3Config, init_args: {target_modules: 3}}"
+    return place.fit("--model.adapter", "Peft", "--model.adapter.config", config)
+
+
+@says("model.adapter.config", "no class is named 'peft.IA3Confg'", "did you mean IA3Config?")
+def an_unknown_class_of_pefts(place: Place) -> list[str]:
+    return place.fit("--model.adapter", "Peft", "--model.adapter.config", "{class_path: peft.IA3Confg}")
+
+
+@says("model.optimizer", "no class is named 'torch.optim.AdmW'", "did you mean AdamW?")
+def an_unknown_optimizer(place: Place) -> list[str]:
+    return place.fit("--model.optimizer", "torch.optim.AdmW")
+
+
+@says("model.optimizer", "Muon has no option 'momentm'", "did you mean momentum?")
+def an_unknown_option_of_an_optimizer(place: Place) -> list[str]:
+    return place.fit("--model.optimizer", "{class_path: torch.optim.Muon, init_args: {momentm: 1}}")
+
+
 @says("model.adapter", "LoRA", "r", "positive")
 def an_option_that_the_adapter_refuses(place: Place) -> list[str]:
     return place.fit("--model.adapter", "LoRA", "--model.adapter.r", "0")

@@ -80,11 +80,11 @@ def check_name(name: str, *, given: bool = False) -> None:
             raise _refused(name.rpartition(".")[2], reason, f"use {nearest}")
     if name.isidentifier() and given and name.lower() not in (*StrategyRegistry, "auto"):
         ours = ["auto", "ddp", "fsdp2", "fsdp2_offload"]
-        nearest = get_close_matches(plain.removesuffix("strategy"), ours, n=1)
+        close = get_close_matches(plain.removesuffix("strategy"), ours, n=1)
         raise SFTError(
             f"no strategy is named {name!r}",
             where=_WHERE,
-            fix=f"did you mean {nearest[0]}?" if nearest else f"use {', '.join(ours[:-1])} or {ours[-1]}",
+            fix=f"did you mean {close[0]}?" if close else f"use {', '.join(ours[:-1])} or {ours[-1]}",
         )
 
 

@@ -94,7 +94,7 @@ def check_tokens(adapter: LoRA, model: heavy.PreTrainedModel) -> None:
         if name:
             tables = [part for path, part in model.named_modules() if f".{path}".endswith(f".{name}")]
         for table in tables:
-            rows = int(table.weight.shape[0])  # type: ignore[union-attr, index]
+            rows = int(table.weight.shape[0])
             if wrong := [number for number in ids if not 0 <= number < rows]:
                 raise _refused(
                     adapter,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
+import re
+import typing
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import peft
 import peft.optimizers
@@ -49,6 +54,35 @@ def configured(model_folder, adapter) -> SFTModule:
     module.configure_model()
     module.eval()
     return module
+
+
+NAMES = {
+    "alpha": "lora_alpha", "dropout": "lora_dropout", "layers": "layers_to_transform", "rslora": "use_rslora",
+    "dora": "use_dora", "init": "init_lora_weights", "trainable_tokens": "trainable_token_indices",
+}  # fmt: skip
+
+
+def test_every_option_of_pefts_is_ours_or_left_out_for_a_reason() -> None:
+    """A peft that has another one fails this."""
+    ours = {NAMES.get(name, name) for name in inspect.signature(LoRA).parameters}
+    theirs = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert ours - theirs == {"loraplus_ratio", "init_from", "beside"}
+    reasons = (Path(__file__).parents[2] / "docs/decisions.md").read_text(encoding="utf-8")
+    entry = reasons.partition("`LoraConfig` that `LoRA` hasn't")[2].partition("\n- **")[0]
+    assert set(re.findall(r"`(\w+)`", entry)) >= theirs - ours
+    inits = str(typing.get_type_hints(peft.LoraConfig)["init_lora_weights"])
+    known = {
+        "gaussian",
+        "eva",
+        "olora",
+        "pissa",
+        "pissa_niter_[number of iters]",
+        "corda",
+        "loftq",
+        "orthogonal",
+        "mica",
+    }
+    assert set(re.findall(r"'(.*?)'", inits)) == known
 
 
 @pytest.mark.parametrize("options", [{}, {"dora": True}, {"target_modules": ["q_proj"], "lora_bias": True}])

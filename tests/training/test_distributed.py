@@ -122,6 +122,8 @@ def test_two_processes_train_as_one_does(adapter, strategy, options, model_folde
     for each in asked:
         assert each["scores"] == pytest.approx(wanted["scores"], rel=1e-4)
         assert each["answers"] == wanted["answers"]
+        assert each["norms"] == pytest.approx(wanted["norms"], rel=1e-4)
+        assert len(each["norms"]) == 6
     mine, theirs = checkpoint(run), checkpoint(expected)
     assert {n: t.shape for n, t in mine["state_dict"].items()} == {
         n: t.shape for n, t in theirs["state_dict"].items()

@@ -38,10 +38,11 @@ CASES = {
     "8-bit AdamW": optimizer("bitsandbytes.optim.AdamW8bit") | adapter("LoRA", r=32),
     "Muon": optimizer("torch.optim.Muon") | adapter("Full"),
     "Adafactor": optimizer("torch.optim.Adafactor"),
+    "Lion": optimizer("bitsandbytes.optim.Lion") | adapter("LoRA", r=4, init="mica", dropout=0.3),
 }  # fmt: skip
 
 
-SLOW = ("int8", "eva", "Adafactor")
+SLOW = ("int8", "eva", "Adafactor", "Lion")
 
 
 @pytest.mark.parametrize(
