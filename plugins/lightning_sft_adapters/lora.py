@@ -132,8 +132,10 @@ class LoRA(PeftAdapter):
             trainable_token_indices=self._token_rows(model),
             use_rslora=self.rslora,
             use_dora=self.dora,
-            # CorDA comes later, when there are rows to look at
-            init_lora_weights=True if self.init == "corda" else _INITS.get(self.init, self.init),
+            # CorDA comes later, when there are rows to look at; without weights (in a plan) all take the same room
+            init_lora_weights=True
+            if self.init == "corda" or any(p.is_meta for p in model.parameters())
+            else _INITS.get(self.init, self.init),
             **{name: value for name, value in optional.items() if value is not None},
         )
 
