@@ -134,7 +134,7 @@ class LoRA(PeftAdapter):
             use_dora=self.dora,
             # CorDA comes later, when there are rows to look at; without weights (in a plan) all take the same room
             init_lora_weights=True
-            if self.init == "corda" or any(p.is_meta for p in model.parameters())
+            if self.init == "corda" or _without_weights(model)
             else _INITS.get(self.init, self.init),
             **{name: value for name, value in optional.items() if value is not None},
         )
@@ -160,7 +160,7 @@ class LoRA(PeftAdapter):
                 torch.manual_seed(0)
             adapted = super().prepare(model)
         trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-        if self.init in _MOVES_BASE and self.init not in _LOOKS_AT_ROWS:
+        if self.init in _MOVES_BASE and self.init not in _LOOKS_AT_ROWS and not _without_weights(adapted):
             self._initial = {name: p.detach().cpu().clone() for name, p in trained.items()}
         # as peft's create_loraplus_optimizer has it
         self._fast = {name for name, p in trained.items() if "lora_B" in name or p.ndim == 1}
@@ -335,3 +335,7 @@ def _linear_layers(model: heavy.PreTrainedModel) -> list[str]:
             if isinstance(module, nn.Linear | Conv1D) and module is not output
         }
     )
+
+
+def _without_weights(model: heavy.PreTrainedModel) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
