@@ -22,14 +22,13 @@ from typing import Any
 
 import workload
 
-VOCABULARY = 128_256
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2},
+             "num_key_value_heads": 2, "vocab_size": 4096},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-           "num_key_value_heads": 8},
+           "num_key_value_heads": 8, "vocab_size": 128_256},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 8},
+           "num_key_value_heads": 8, "vocab_size": 128_256},
 }  # fmt: skip
 """Llama 3's; `tiny` is for trying the script."""
 
@@ -58,11 +57,9 @@ def make_model(folder: Path, shape: dict[str, int], device: str) -> None:
     import transformers
 
     rows = workload.made_up(64)
-    workload.make_model(folder, rows, None, SHAPES["tiny"] | {"vocab_size": 4096})  # for its tokenizer
+    workload.make_model(folder, rows, None, SHAPES["tiny"])  # for its tokenizer
     (folder / "model.safetensors").unlink()
-    config = transformers.LlamaConfig(
-        **shape, vocab_size=VOCABULARY, max_position_embeddings=8192, tie_word_embeddings=False
-    )
+    config = transformers.LlamaConfig(**shape, max_position_embeddings=8192, tie_word_embeddings=False)
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
