@@ -190,8 +190,9 @@ def _between(run: Path, model: Path, average: Sequence[str], trust_remote_code: 
                 "the adapter isn't scaled", where=str(model), fix="LoRA and its kin can be interpolated"
             )
         return Scaled(peft)
-    options = command_line.read_config(str(run / run_folder.CONFIG)).get("model")
-    name = options.get("base") if isinstance(options, dict) else None
+    found = command_line.read_config(str(run / run_folder.CONFIG)).get("model")
+    options: dict[str, Any] = found if isinstance(found, dict) else {}
+    name = options.get("base")
     if not isinstance(name, str):
         raise SFTError("the run doesn't say what its base is", where=str(run / run_folder.CONFIG))
     from lightning_sft.assets import model_path

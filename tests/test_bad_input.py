@@ -429,9 +429,9 @@ def a_split_of_a_file(place: Place) -> list[str]:
     return place.fit("--data.train", "[{path: good.jsonl, split: test}]")
 
 
-@says("--dtype", "merged weights", "--merge")
+@says("--dtype", "as it was trained", "--merge")
 def a_type_for_weights_that_are_not_merged(place: Place) -> list[str]:
-    return ["export", str(place.model), "--dtype", "bfloat16"]
+    return ["export", str(place.run), "--dtype", "bfloat16"]
 
 
 @says("BeforeAfter.gated", "no instruction has the task 'sorting'")

@@ -37,3 +37,27 @@ def test_made_up_rows_are_always_the_same(monkeypatch):
 
     assert workload.made_up(5) == workload.made_up(5)
     assert workload.made_up(5) != workload.made_up(5, seed=1)
+
+
+@pytest.mark.slow
+def test_the_matrix_for_gpus_trains_what_goes_and_tells_why_the_rest_does_not(tmp_path):
+    """On a CPU, with a tiny model: what a GPU would add is the measured memory."""
+    out = tmp_path / "matrix.json"
+    options = [
+        "--models",
+        "tiny",
+        "--adapters",
+        "QLoRA",
+        "--precisions",
+        "bf16-true,64-mixed",
+        "--steps",
+        "2",
+    ]
+    options += ["--strategies", "auto", "--device", "cpu", "--out", str(out)]
+    command = [sys.executable, str(BENCHMARKS / "gpu_matrix.py"), *options]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    trained, refused = json.loads(out.read_text())
+    assert trained["planned"] > 100
+    assert trained["loss"] > 0
+    assert "refused" in refused
+    assert f"refused: {refused['refused']}" in shown

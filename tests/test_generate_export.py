@@ -251,6 +251,20 @@ def test_a_checkpoint_exports_what_the_run_exported(run: Run, elsewhere: Path) -
     assert exported == {path.name: path.read_bytes() for path in run.model.iterdir()}
 
 
+def test_a_run_is_trained_on_from_its_record_anywhere(runs: dict[str, Run], elsewhere: Path) -> None:
+    run = runs["LoRA"].folder
+    argv = [
+        "fit",
+        "--config",
+        str(run / "config.yaml"),
+        "--ckpt_path",
+        str(run / "checkpoints" / "last.ckpt"),
+    ]
+    argv += ["--trainer.max_steps", "24", "--trainer.default_root_dir", "longer"]
+    assert main(argv) == 0
+    assert not torch.equal(logits(elsewhere / "longer" / "model"), logits(runs["LoRA"].model))
+
+
 def test_an_unfinished_run_exports_its_last_checkpoint(run: Run, elsewhere: Path) -> None:
     unfinished = Path(shutil.copytree(run.folder, elsewhere / "unfinished"))
     shutil.rmtree(unfinished / "model")

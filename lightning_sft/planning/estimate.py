@@ -47,12 +47,8 @@ class Sharding:
         name = strategy.lower().replace("_", "")
         if ranks == 1:
             return cls()
-        if "fsdp" in name or "modelparallel" in name or "stage3" in name:
+        if "fsdp" in name or "modelparallel" in name:
             return cls(ranks, weights=True, gradients=True, optimizer=True)
-        if "stage2" in name:
-            return cls(ranks, gradients=True, optimizer=True)
-        if "stage1" in name or "zero" in name:
-            return cls(ranks, optimizer=True)
         return cls(ranks, buckets=True)
 
     def parts(self, peak: Peak) -> dict[str, int]:

@@ -15,7 +15,7 @@ from lightning_sft.cli import set_end
 from lightning_sft.planning.estimate import Estimate, Sharding, cpu_speed, estimate, resident
 from lightning_sft.planning.remedies import Setup, changes
 from lightning_sft.planning.work import PlannedTrainer, Work, work_of
-from lightning_sft.training import advisor, optimizers
+from lightning_sft.training import advisor, optimizers, strategies
 from lightning_sft.training.devices import Device, this_machine
 from lightning_sft.training.heap import apart
 from lightning_sft.training.memory import in_words, longest_row
@@ -98,6 +98,7 @@ def make(config: Any, asked: Sequence[Device]) -> Plan:
     Raises:
         SFTError: Something that the user gave is at fault.
     """
+    strategies.check_name(_strategy(config.trainer.strategy))
     module, data = without_weights.instantiated(config)
     here = this_machine(str(config.trainer.accelerator))
     strategy, trainer = _strategy(config.trainer.strategy), _trainer(config.trainer, here)

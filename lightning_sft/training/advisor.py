@@ -101,7 +101,7 @@ RULES = (
         lambda run: run.low_rank and run.examples > 32,
         "{examples:.0f} examples a step are many for LoRA, which loses more by large batches than full fine-tuning, at "
         "any rank: 32 or fewer are safe",
-        _SCHULMAN,
+        f"{_SCHULMAN}; TRL's guide to it",
     ),
     Rule(
         "no-probe",

@@ -133,8 +133,10 @@ class LoRA(PeftAdapter):
             trainable_token_indices=self._token_rows(model),
             use_rslora=self.rslora,
             use_dora=self.dora,
-            # CorDA comes later, when there are rows to look at
-            init_lora_weights=True if self.init == "corda" else _INITS.get(self.init, self.init),
+            # CorDA comes later, when there are rows to look at; without weights (in a plan) all take the same room
+            init_lora_weights=True
+            if self.init == "corda" or _without_weights(model)
+            else _INITS.get(self.init, self.init),
             **{name: value for name, value in optional.items() if value is not None},
         )
 
@@ -367,3 +369,7 @@ def _linear_layers(model: heavy.PreTrainedModel) -> list[str]:
             if isinstance(module, nn.Linear | Conv1D) and module is not output
         }
     )
+
+
+def _without_weights(model: heavy.PreTrainedModel) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
