@@ -89,7 +89,9 @@ def test_what_is_shared_depends_on_the_model(load, family):
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
-def test_batches_and_order_change_nothing(load, batch_tokens):
+def test_batches_order_and_padding_side_change_nothing(load, batch_tokens):
+    from copy import deepcopy
+
     model, tokenizer = load("llama")
     requests = [
         *ASKED,
@@ -99,7 +101,9 @@ def test_batches_and_order_change_nothing(load, batch_tokens):
     ]
     expected = Scorer(model, tokenizer).run(requests)
     order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(batch_tokens)).tolist()
-    found = Scorer(model, tokenizer, batch_tokens=batch_tokens).run([requests[n] for n in order])
+    other = deepcopy(tokenizer)
+    other.padding_side = other.truncation_side = "left" if tokenizer.padding_side == "right" else "right"
+    found = Scorer(model, other, batch_tokens=batch_tokens).run([requests[n] for n in order])
     for number, response in zip(order, found, strict=True):
         if isinstance(requests[number], Generate):
             assert response == expected[number]
