@@ -154,7 +154,8 @@ class Evaluation:
         """All items answered, by this process or the others."""
         trainer = module.trainer
         rank, world = _share_of(module)
-        journal = Journal(self.folder / ITEMS / part / name, _identity(scorer, str(trainer.precision)), rank)
+        identity = _identity(scorer, str(trainer.precision))
+        journal = Journal(self.folder / ITEMS / part / name, identity, trainer.global_rank)
         known = answered_before(items, journal.known())
         trainer.strategy.barrier()  # before any process rewrites its file
         left = [number for number in range(len(items)) if number not in known]

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 from transformers.cache_utils import DynamicLayer
 
 from lightning_sft.evaluation.forward import Beginning, Forward
@@ -64,6 +69,7 @@ class _Answer:
     stops: tuple[str, ...]
     lookback: int
     random: torch.Generator | None
+    prompt: Ids
     ids: list[int] = field(default_factory=list)
 
 
@@ -102,10 +108,11 @@ class Writer:
         mask = (slots < shared) | (slots >= shared + pads[:, None])
         cache = self._cache(len(prompts), len(slots), beginning)
         steps = _Steps(self.forward, ids, mask, pads, cache, shared)
-        writing = [self._begun(index, request) for index, request in enumerate(requests)]
+        penalties = self._penalties()
+        writing = [self._begun(*each) for each in zip(range(len(requests)), requests, prompts, strict=True)]
         done: dict[int, Generated] = {}
         for logits in steps:
-            tokens = _chosen(logits, writing, requests)
+            tokens = _chosen(penalties(logits, writing), writing, requests)
             for answer, token in zip(writing, tokens, strict=True):
                 answer.ids.append(token)
             ended = self._ended(writing, requests)
@@ -127,13 +134,22 @@ class Writer:
             cache.layers.append(_RoomLayer(rows, room, beginning.shared if beginning else 0, keys, values))
         return cache
 
-    def _begun(self, index: int, request: Generate) -> _Answer:
+    def _penalties(self) -> _Penalties:
+        config = self.forward.inner.generation_config
+        found: list[LogitsProcessor] = []
+        if (penalty := config.repetition_penalty) not in (None, 1.0):
+            found.append(RepetitionPenaltyLogitsProcessor(penalty))
+        if config.no_repeat_ngram_size:
+            found.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+        return _Penalties(found)
+
+    def _begun(self, index: int, request: Generate, prompt: Ids) -> _Answer:
         lengths = [len(self.tokenizer.encode(stop, add_special_tokens=False)) for stop in request.stop]
         random = None
         if request.temperature > 0:
             seed = hashlib.sha256(repr(request).encode()).digest()[:8]
             random = torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1)
-        return _Answer(index, request.stop, max(lengths, default=0) + 2, random)
+        return _Answer(index, request.stop, max(lengths, default=0) + 2, random, prompt)
 
     def _ended(self, writing: Sequence[_Answer], requests: Sequence[Generate]) -> list[bool]:
         """Whether each answer ends with its last token: a stop id, a stop text, or as many tokens as were asked."""
@@ -154,13 +170,32 @@ class Writer:
 
     def _alone(self, request: Generate, prompt: Ids) -> Generated:
         """One answer without a cache of keys and values: what models with another kind of memory need."""
-        answer, ids = self._begun(0, request), list(prompt)
+        answer, penalties = self._begun(0, request, prompt), self._penalties()
         while True:
-            row = torch.tensor([ids + answer.ids], device=self.forward.device)
+            row = torch.tensor([[*prompt, *answer.ids]], device=self.forward.device)
             logits = self.forward.head(self.forward.states(input_ids=row)[:, -1])
-            answer.ids += _chosen(logits, [answer], [request])
+            answer.ids += _chosen(penalties(logits, [answer]), [answer], [request])
             if self._ended([answer], [request])[0]:
                 return self._finished(answer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Penalties:
+    """What the model's generation configuration takes off tokens that were there before, in prompt or answer."""
+
+    processors: Sequence[LogitsProcessor]
+
+    def __call__(self, logits: Tensor, writing: Sequence[_Answer]) -> Tensor:
+        """The logits `[rows, V]`, penalised row by row: each has its own length."""
+        if not self.processors:
+            return logits
+        rows = []
+        for row, answer in zip(logits.float().split(1), writing, strict=True):
+            ids = torch.tensor([[*answer.prompt, *answer.ids]], device=logits.device)
+            for processor in self.processors:
+                row = processor(ids, row)
+            rows.append(row)
+        return torch.cat(rows)
 
 
 class _Steps:

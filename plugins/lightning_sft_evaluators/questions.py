@@ -81,7 +81,7 @@ class QuestionFiles:
             files = list(_files_of(path, split))
             if not files:
                 raise self.missing(split, "<subject>")
-            named = {file: re.sub(rf"[_-]{split}$", "", file.stem) for file in files}
+            named = {file: _subject_of(file, path, split) for file in files}
             wanted = [file for file, subject in named.items() if subject in (subjects or ())]
             for file in wanted or files:
                 subject = named[file]
@@ -182,12 +182,20 @@ def _numbered(row: Row) -> list[str] | None:
 
 def _files_of(folder: Path, split: str) -> Iterator[Path]:
     """The split's files: those in a folder of its name, else those that have it in theirs."""
-    inside = folder / split
-    candidates = sorted(path for path in (inside if inside.is_dir() else folder).rglob("*") if path.is_file())
+    inside, all_of_it = folder / split, folder / "all"  # a copy of cais/mmlu has each question there, too
+    place = inside if inside.is_dir() else all_of_it if all_of_it.is_dir() else folder
+    candidates = sorted(path for path in place.rglob("*") if path.is_file())
     named = re.compile(rf"(^|[_.-]){split}([_.-]|$)")
     for path in candidates:
         if path.suffix in _FILES and (inside.is_dir() or named.search(path.stem)):
             yield path
+
+
+def _subject_of(file: Path, folder: Path, split: str) -> str | None:
+    """The subject that a file's name says, or its folder's where it is one of the Hub's; None where neither does."""
+    if not re.fullmatch(rf"{split}(-\d+-of-\d+)?", file.stem):
+        return re.sub(rf"[_-]{split}$", "", file.stem)
+    return None if file.parent == folder or file.parent.name in (split, "data") else file.parent.name
 
 
 def _other_rows(source: Source) -> Iterator[tuple[str, Row]]:

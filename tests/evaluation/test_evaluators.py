@@ -58,6 +58,29 @@ def test_one_file_with_a_subject_column(tmp_path):
     assert one == MMLU(str(tmp_path), shots=1).requests()
 
 
+def test_copies_of_the_hub_s_folders(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = {
+        subject: [{"question": q, "choices": c, "answer": a, "subject": subject} for q, c, a in QUESTIONS]
+        for subject in ("chess", "go")
+    }
+    for folder, kept in (("mmlu", True), ("redux", False)):
+        for name, found in (rows | ({"all": [*rows["chess"], *rows["go"]]} if kept else {})).items():
+            (tmp_path / folder / name).mkdir(parents=True)
+            table = pa.Table.from_pylist(found)
+            table = table if kept else table.drop_columns("subject")
+            for split in ("dev", "test"):
+                pq.write_table(table, tmp_path / folder / name / f"{split}-00000-of-00001.parquet")
+    expected = MMLU(write(tmp_path / "a", "csv"), shots=2).requests()
+    for folder in (
+        "mmlu",
+        "redux",
+    ):  # cais/mmlu's has all questions once more; mmlu-redux names them by folder only
+        assert MMLU(str(tmp_path / folder), shots=2).requests() == expected
+
+
 def test_the_prompt_is_the_harness_s(tmp_path):
     item = MMLU(write(tmp_path, "csv"), shots=1, subjects=["go"]).requests()[2]
     assert item.requests[0].context == (

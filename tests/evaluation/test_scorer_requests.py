@@ -89,7 +89,9 @@ def test_what_is_shared_depends_on_the_model(load, family):
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
-def test_batches_and_order_change_nothing(load, batch_tokens):
+def test_batches_order_and_padding_side_change_nothing(load, batch_tokens):
+    from copy import deepcopy
+
     model, tokenizer = load("llama")
     requests = [
         *ASKED,
@@ -99,7 +101,9 @@ def test_batches_and_order_change_nothing(load, batch_tokens):
     ]
     expected = Scorer(model, tokenizer).run(requests)
     order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(batch_tokens)).tolist()
-    found = Scorer(model, tokenizer, batch_tokens=batch_tokens).run([requests[n] for n in order])
+    other = deepcopy(tokenizer)
+    other.padding_side = other.truncation_side = "left" if tokenizer.padding_side == "right" else "right"
+    found = Scorer(model, other, batch_tokens=batch_tokens).run([requests[n] for n in order])
     for number, response in zip(order, found, strict=True):
         if isinstance(requests[number], Generate):
             assert response == expected[number]
@@ -245,3 +249,28 @@ def test_items_come_back_with_their_responses(load):
     assert second.text == scorer.run(items[1].requests)[0].text
     assert first.likeliest == first.log_likelihoods.index(max(first.log_likelihoods))
     assert items[0].key != items[1].key
+
+
+@pytest.mark.parametrize(
+    ("family", "option"),
+    [
+        ("llama", {"repetition_penalty": 1.6}),
+        ("llama", {"no_repeat_ngram_size": 2}),
+        ("mamba", {"repetition_penalty": 1.6}),
+    ],
+)
+def test_penalties_of_the_model_s_generation_configuration_count_as_in_generate(load, family, option):
+    from copy import deepcopy
+
+    model, tokenizer = load(family)
+    model = deepcopy(model)
+    prompts = [f"{SHOTS}{word}" for word in ("hello", "there", "how are")]
+    requests = [Generate(prompt, max_new_tokens=9) for prompt in prompts]
+    plain = [answer.text for answer in Scorer(model, tokenizer).run(requests)]
+    model.generation_config.update(**option)
+    found = [answer.text for answer in Scorer(model, tokenizer).run(requests)]
+    assert found != plain
+    for prompt, text in zip(prompts, found, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")
+        whole = model.generate(**ids, max_new_tokens=9, do_sample=False, pad_token_id=0)[0]
+        assert text == tokenizer.decode(whole[ids.input_ids.shape[1] :], skip_special_tokens=True)
