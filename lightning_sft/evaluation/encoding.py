@@ -139,14 +139,18 @@ class RequestEncoder:
             for text in (context[place:], context[place:] + continuation)
         }
         ends = self._encode(tails, add_special_tokens=False)
+        trunks: dict[str, tuple[int, ...]] = {}
         for context, continuation in todo:
             if place := places[context]:
-                head, tail = heads[context[:place]], context[place:]
+                tail = context[place:]
                 before, after = ends[tail], ends[tail + continuation]
+                if context not in trunks:
+                    trunks[context] = heads[context[:place]] + before
             else:
-                head, before, after = (), encoded[context], encoded[context + continuation]
+                trunks[context] = before = encoded[context]
+                after = encoded[context + continuation]
             own = after[len(before) :]
-            found[context, continuation] = head + before + own, len(own)
+            found[context, continuation] = trunks[context] + own, len(own)
         return found
 
     def windows(self, requests: Sequence[RollingLogLikelihood]) -> list[list[Scored]]:
