@@ -13,7 +13,6 @@ from lightning_sft import (
     Likelihood,
     LogLikelihood,
     Message,
-    Scorer,
     SFTError,
     Source,
     read_rows,
@@ -39,7 +38,7 @@ class MemorizationProbe(Probe):
 
     - `exposure`: of canaries that were planted among the training rows (`lightning-sft data canaries`), how likely
       their number is among random ones of the same form, in bits: log2(candidates) − log2(rank), the mean over canaries
-      (Carlini et al., 2019). About 1 for a model that knows nothing, log2(candidates) for one that knows all.
+      (Carlini et al., 2019). log2 e ≈ 1.4 for a model that knows nothing, log2(candidates) for one that knows all.
 
     All in `memorization.json`. It needs validation data.
 
@@ -140,7 +139,7 @@ class MemorizationProbe(Probe):
             ]
             prompt = (Message("user", asked),)
             requests.append([LogLikelihood(prompt, text) for text in (answer, *others)])
-        answers = Scorer.of(module).run([each for canary in requests for each in canary])
+        answers = self.scorer(module).run([each for canary in requests for each in canary])
         scores = [each.log_likelihood for each in answers if isinstance(each, Likelihood)]
         ranks = [
             sum(other >= scores[start] for other in scores[start : start + self.candidates])
