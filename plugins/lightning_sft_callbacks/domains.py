@@ -68,7 +68,9 @@ class Domain:
         where = f"domains: {self.name}"
         if sum(part is not None for part in (self.text, self.questions, self.evaluator)) != 1:
             raise SFTError("a domain has either text, questions or an evaluator", where=where, fix="give one")
-        if not self.weight >= 0:
+        if not self.name:
+            raise SFTError("a domain has no name", where="domains", fix="give it one, for its figures")
+        if not 0 <= self.weight < math.inf:
             raise SFTError(f"weight is {self.weight}", where=where, fix="give 0 or more")
         if "{question}" not in self.prompt:
             raise SFTError("there is no {question} in the prompt", where=where, fix="put it in")
@@ -152,6 +154,20 @@ class Loaded:
         if (judge := self.domain.evaluator) is not None:
             found.update(f"{type(judge).__qualname__} {json.dumps(vars(judge), default=repr)}".encode())
         return found.hexdigest()[:16]
+
+
+def check(domain: Domain) -> None:
+    """Refuse data that isn't there: sooner than `load`, which needs a model, and all else to be ready.
+
+    Raises:
+        SFTError: There is no such file or data set, or nothing in it.
+    """
+    path = domain.text if domain.text is not None else domain.questions
+    if path is not None:
+        try:
+            next(read_rows(Source(path, limit=1)))
+        except SFTError as error:
+            raise error.at(f"domains: {domain.name}") from error
 
 
 def load(domain: Domain, module: SFTModule) -> Loaded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from dataclasses import asdict
@@ -81,10 +82,16 @@ class ForgettingProbe(Probe):
             raise SFTError(
                 "all weights are 0", where="ForgettingProbe.domains", fix="give one a weight above 0"
             )
-        if not 0 < cost <= 1:
-            raise SFTError(
-                f"cost is {cost}", where="ForgettingProbe.cost", fix="give a share above 0, up to 1"
-            )
+        for option, value, is_right, fix in (
+            ("cost", cost, 0 < cost <= 1, "give a share above 0, up to 1"),
+            ("kl_top_k", kl_top_k, kl_top_k >= 0, "give 0 or more"),
+            ("task_examples", task_examples, task_examples is None or task_examples >= 0, "give 0 or more"),
+            ("strictness", strictness, 0 <= strictness < math.inf, "give 0 or more"),
+        ):
+            if not is_right:
+                raise SFTError(f"{option} is {value}", where=f"ForgettingProbe.{option}", fix=fix)
+        for domain in self.domains:
+            asked.check(domain)
         self.cost = cost
         self.kl_top_k = kl_top_k
         self.task_examples = task_examples

@@ -539,7 +539,13 @@ def test_a_text_that_is_trained_on_is_refused(files, model_folder, tmp_path):
         ({"domains": [("a", {"text": "x", "questions": "y"})]}, "either text, questions or an evaluator"),
         ({"domains": [("a", {"questions": "y", "prompt": "?"})]}, "no {question} in the prompt"),
         ({"domains": [("a", {"text": "x", "limit": 0})]}, "limit is 0"),
+        ({"domains": [("a", {"text": "nowhere.jsonl"})]}, "no such file"),
         ({"cost": 0.0}, "share above 0"),
+        ({"kl_top_k": -1}, "kl_top_k is -1"),
+        ({"task_examples": -1}, "task_examples is -1"),
+        ({"strictness": math.nan}, "strictness is nan"),
+        ({"domains": [("", {"text": "x"})]}, "no name"),
+        ({"domains": [("a", {"text": "x", "weight": math.inf})]}, "weight is inf"),
         ({"every_n_steps": -1}, "every_n_steps is -1"),
     ],
 )
