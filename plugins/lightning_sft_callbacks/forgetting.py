@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_sft import SFTError, text_losses
+from lightning_sft import SFTError
 from lightning_sft_callbacks import domains as asked
 from lightning_sft_callbacks import planned, references
 from lightning_sft_callbacks.domains import Domain, Loaded
@@ -130,7 +130,7 @@ class ForgettingProbe(Probe):
         self._loaded = [asked.load(domain, module) for domain in self.domains]
         refuse_trained(self._loaded, module)
         if not trainer.global_step:
-            self._is_exact = _keeps_base(module) and _begins_as_base(module)
+            self._is_exact = references.keeps_base(module) and references.begins_as_base(module)
         self._choose(trainer, module)
         self._warn_of_overlaps(trainer, module)
         self._find_baseline(trainer, module)
@@ -318,7 +318,7 @@ class ForgettingProbe(Probe):
             most = least = min(sizes["task"], self.task_examples)
         lengths = module.data.prepared["val"].lengths.tolist() if sizes["task"] else []
         parts.append(planned.Part(lengths, least, most))
-        steps, training = planned.forward_passes(module, frozen=_keeps_base(module))
+        steps, training = planned.forward_passes(module, frozen=references.keeps_base(module))
         every = None if self.is_auto else self.every_n_steps
         found = planned.plan(parts, steps=steps, training=training, cost=self.cost, every_n_steps=every)
         self.every_n_steps, self.planned_share = found.every_n_steps, found.share
@@ -384,18 +384,3 @@ class ForgettingProbe(Probe):
             self.every_n_steps = state_dict["every_n_steps"]
         for name in _KEPT[1:]:
             setattr(self, name, state_dict[name])
-
-
-def _keeps_base(module: SFTModule) -> bool:
-    """Whether the base's outputs can be had again by switching the adapter off."""
-    try:
-        with module.adapter.base_model(module.loaded):
-            return True
-    except SFTError:
-        return False
-
-
-def _begins_as_base(module: SFTModule) -> bool:
-    """Whether the model of step 0 is that with the adapter switched off; not where it goes on from a saved one."""
-    (found,) = text_losses(module, [module.data.prepared["train"].examples[0]], against_base=True)
-    return abs(found.kl or 0.0) <= 1e-6 * found.tokens

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lightning_sft import Predictions, full_tensor
+from lightning_sft import Predictions, SFTError, full_tensor, text_losses
 from lightning_sft_callbacks.retention import Measured
 
 if TYPE_CHECKING:
@@ -36,6 +36,21 @@ class Baseline:
 
     measured: dict[str, Measured]
     predictions: dict[str, list[Predictions]]
+
+
+def keeps_base(module: SFTModule) -> bool:
+    """Whether the base's outputs can be had again by switching the adapter off."""
+    try:
+        with module.adapter.base_model(module.loaded):
+            return True
+    except SFTError:
+        return False
+
+
+def begins_as_base(module: SFTModule) -> bool:
+    """Whether the model of step 0 is that with the adapter switched off; not where it goes on from a saved one."""
+    (found,) = text_losses(module, [module.data.prepared["train"].examples[0]], against_base=True)
+    return abs(found.kl or 0.0) <= 1e-6 * found.tokens
 
 
 def key_of(module: SFTModule, domains: Sequence[Loaded], *, frozen_only: bool, keep: int) -> str:
