@@ -91,7 +91,7 @@ def test_whenever_it_is_killed_it_ends_as_if_it_had_not_been(tmp_path, model_fol
     ), "nothing was restored"
     for place in (
         "archiving:0", f"measuring:{kept[1]}", f"archiving:{kept[1]}", f"measured:{kept[1]}", f"measuring:{last}",
-        f"measured:{last}", f"restoring:{last}", f"exported:{last}",
+        f"measured:{last}", f"restoring:{last}",
     ):  # fmt: skip
         assert fit("killed", place) == -signal.SIGKILL, f"not killed at {place}"
     assert fit("killed") == 0
