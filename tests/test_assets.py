@@ -13,6 +13,8 @@ from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.assets import HERE, MODEL, build, data_path
 from lightning_sft.assets.corpus import corpus
 from lightning_sft.assets.world import facts, probed
+from lightning_sft_callbacks import overlap
+from lightning_sft_callbacks.overlap import Passage, words_of
 
 RECORD = HERE / "record.json"
 
@@ -58,8 +60,19 @@ class TestData:
         assert stated == []
         assert any(statement in text for fact in facts() for statement in fact.statements)
 
-    def test_replay_and_general_text_are_not_the_same(self):
-        assert not {row["text"] for row in rows("replay")} & {row["text"] for row in rows("general")}
+    def test_no_passage_of_general_text_is_in_replay_or_training_text(self):
+        def said(name: str) -> list[tuple[str, str]]:
+            return [(str(n), " ".join(map(str, row.values()))) for n, row in enumerate(rows(name))]
+
+        passages = [Passage("general", where, text) for where, text in said("general")]
+        runs = overlap._runs(passages)
+        assert {len(run) for run in runs} == {13}
+        for name in ("replay", "train"):
+            for where, text in said(name):
+                words = words_of(text)
+                found = [tuple(words[n : n + 13]) for n in range(len(words) - 12)]
+                assert runs.keys().isdisjoint(found), (name, where)
+        assert len(rows("replay")) == build.DOCUMENTS["replay"]
 
     def test_the_base_was_told_the_probed_facts_and_never_asked_for_them(self):
         text = "\n".join(corpus(build.SEEDS["corpus"], build.DOCUMENTS["corpus"]))

@@ -8,7 +8,6 @@ from lightning_sft import (
     ANSWER_FORMATS,
     Likelihood,
     RollingLogLikelihood,
-    Scorer,
     SFTError,
     Source,
     is_valid_format,
@@ -117,7 +116,9 @@ class BiasProbe(Probe):
 
     def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
         """The figures, and each pair's difference."""
-        answers = Scorer.of(module).run([RollingLogLikelihood(text) for pair in self.pairs for text in pair])
+        answers = self.scorer(module).run(
+            [RollingLogLikelihood(text) for pair in self.pairs for text in pair]
+        )
         scores = [answer.log_likelihood for answer in answers if isinstance(answer, Likelihood)]
         differences = [a - b for a, b in zip(scores[::2], scores[1::2], strict=True)]
         before = self.history[0]["differences"] if self.history else differences

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
 from lightning_sft import (
     Answered,
+    Converse,
     Evaluator,
     Example,
+    Generate,
     Item,
     LogLikelihood,
     Meta,
+    Results,
     Row,
     Scorer,
     Segments,
@@ -28,7 +33,12 @@ from lightning_sft_callbacks.overlap import Passage
 from lightning_sft_callbacks.retention import Measured
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from transformers import PreTrainedTokenizerBase
+
     from lightning_sft import Predictions, SFTModule, TextLoss
+
+_SAMPLE = 32  # items whose tokens are counted, for how many tokens the others have
 
 
 @dataclass
@@ -41,7 +51,8 @@ class Domain:
         questions: The same with `question`, `choices` (a list) and `answer` (the index of the right one).
         evaluator: Any evaluator; its first score counts.
         weight: How much it counts in the retention R, beside the other domains.
-        limit: Only the first so many texts or questions.
+        limit: Only the first so many texts, questions or items, and all of these; without it a `ForgettingProbe`
+            asks as many as its `cost` allows, from all over.
         prompt: How a question is asked, with `{question}` in it; the choice follows after a space.
     """
 
@@ -57,10 +68,20 @@ class Domain:
         where = f"domains: {self.name}"
         if sum(part is not None for part in (self.text, self.questions, self.evaluator)) != 1:
             raise SFTError("a domain has either text, questions or an evaluator", where=where, fix="give one")
-        if not self.weight >= 0:
+        if not self.name:
+            raise SFTError("a domain has no name", where="domains", fix="give it one, for its figures")
+        if not 0 <= self.weight < math.inf:
             raise SFTError(f"weight is {self.weight}", where=where, fix="give 0 or more")
         if "{question}" not in self.prompt:
             raise SFTError("there is no {question} in the prompt", where=where, fix="put it in")
+        if self.limit is not None and self.limit < 1:
+            raise SFTError(f"limit is {self.limit}", where=where, fix="give 1 or more, or leave it out")
+        if self.evaluator is not None and self.evaluator.needs_base:
+            raise SFTError(
+                f"{type(self.evaluator).__name__} needs the base's answers, which aren't asked for during training",
+                where=where,
+                fix="take another evaluator",
+            )
 
 
 @dataclass
@@ -75,7 +96,7 @@ class Loaded:
         passages: The texts, or the questions with their answers, to look for in the training data.
         items: The questions, or the evaluator's items.
         answers: The index of each question's right choice.
-        chance: The expected accuracy of guessing.
+        chances: The probability that a guess at each question is right.
     """
 
     domain: Domain
@@ -85,28 +106,68 @@ class Loaded:
     passages: list[Passage] = field(default_factory=list)
     items: list[Item] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
-    chance: float = 0.0
+    chances: list[float] = field(default_factory=list)
 
     @property
-    def tokens(self) -> int:
-        """About how many tokens one measurement computes; characters / 3 of what isn't tokenised yet."""
-        characters = sum(
-            len(str(getattr(request, "context", getattr(request, "prompt", "")))) + 16
-            for item in self.items
-            for request in item.requests
+    def size(self) -> int:
+        """How many texts, questions or items."""
+        return len(self.bytes) or len(self.items)
+
+    def costs(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Tokens that one measurement computes for each text, question or item, of items about."""
+        if self.texts:
+            found = [0] * len(self.bytes)
+            for owner, window in zip(self.owners, self.texts, strict=True):
+                found[owner] += len(window)
+            return found
+        sample = self.items[:: max(1, len(self.items) // _SAMPLE)]
+        texts = [replace(item, text="").exposed.text for item in sample]
+        tokens = sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+        per_character = tokens / max(1, sum(map(len, texts)))
+        return [math.ceil(per_character * _characters(item)) + _written(item) for item in self.items]
+
+    def part(self, places: Sequence[int]) -> Loaded:
+        """Only these texts, questions or items."""
+        new = {old: place for place, old in enumerate(places)}
+        windows = [
+            (new[owner], text) for owner, text in zip(self.owners, self.texts, strict=True) if owner in new
+        ]
+        return replace(
+            self,
+            texts=[text for _, text in windows],
+            owners=[owner for owner, _ in windows],
+            bytes=[self.bytes[place] for place in places] if self.bytes else [],
+            passages=[self.passages[place] for place in places] if self.passages else [],
+            items=[self.items[place] for place in places] if self.items else [],
+            answers=[self.answers[place] for place in places] if self.answers else [],
+            chances=[self.chances[place] for place in places] if self.chances else [],
         )
-        return sum(map(len, self.texts)) + characters // 3
 
     @property
     def digest(self) -> str:
         """A hash of all that is asked."""
-        found = hashlib.sha256(self.domain.prompt.encode())
+        found = hashlib.sha256(f"{self.domain.prompt} {self.bytes} {self.answers}".encode())
         for example in self.texts:
             found.update(example.input_ids.tobytes())
         for item in self.items:
-            found.update(item.key.encode())
-        found.update(str(self.answers).encode())
+            found.update(json.dumps([item.key, item.target, item.data], default=repr).encode())
+        if (judge := self.domain.evaluator) is not None:
+            found.update(f"{type(judge).__qualname__} {json.dumps(vars(judge), default=repr)}".encode())
         return found.hexdigest()[:16]
+
+
+def check(domain: Domain) -> None:
+    """Refuse data that isn't there: sooner than `load`, which needs a model, and all else to be ready.
+
+    Raises:
+        SFTError: There is no such file or data set, or nothing in it.
+    """
+    path = domain.text if domain.text is not None else domain.questions
+    if path is not None:
+        try:
+            next(read_rows(Source(path, limit=1)))
+        except SFTError as error:
+            raise error.at(f"domains: {domain.name}") from error
 
 
 def load(domain: Domain, module: SFTModule) -> Loaded:
@@ -116,7 +177,14 @@ def load(domain: Domain, module: SFTModule) -> Loaded:
         SFTError: Its data can't be read, or lacks a column; says which row.
     """
     if domain.evaluator is not None:
-        return Loaded(domain, items=list(domain.evaluator.requests()))
+        items = list(domain.evaluator.requests())[: domain.limit]
+        if not items:
+            raise SFTError(
+                f"{type(domain.evaluator).__name__} asks nothing",
+                where=f"domains: {domain.name}",
+                fix="check its data, or take the domain out",
+            )
+        return Loaded(domain, items=items)
     path = domain.text if domain.text is not None else domain.questions
     assert path is not None
     try:
@@ -153,19 +221,24 @@ def _load_text(domain: Domain, texts: list[tuple[Meta, str]], module: SFTModule)
                     )
                 )
                 loaded.owners.append(owner)
+    if silent := set(range(len(texts))) - set(loaded.owners):
+        raise SFTError(
+            "the text has one token, so there is nothing to predict",
+            where=f"{texts[min(silent)][0]}, key 'text'",
+            fix="take the row out",
+        )
     return loaded
 
 
 def _load_questions(domain: Domain, rows: list[tuple[str, Row]]) -> Loaded:
     loaded = Loaded(domain)
-    chances = []
     for number, (where, row) in enumerate(rows):
         question, choices, answer = row.get("question"), row.get("choices"), row.get("answer")
-        if not isinstance(question, str) or not isinstance(choices, list) or len(choices) < 2:
+        if not isinstance(question, str) or not _are_choices(choices):
             raise SFTError(
                 "the row is no question with choices",
                 where=where,
-                fix="give `question`, `choices` (a list of two or more) and `answer` (an index)",
+                fix="give `question`, `choices` (two or more different texts) and `answer` (an index)",
             )
         if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
             raise SFTError(
@@ -178,14 +251,44 @@ def _load_questions(domain: Domain, rows: list[tuple[str, Row]]) -> Loaded:
         loaded.items.append(Item(domain.name, number, asked, target=str(choices[answer])))
         loaded.answers.append(answer)
         loaded.passages.append(Passage(domain.name, where, f"{question} {choices[answer]}"))
-        chances.append(1 / len(choices))
-    loaded.chance = sum(chances) / len(chances)
+        loaded.chances.append(1 / len(choices))
     return loaded
+
+
+def _are_choices(choices: object) -> TypeGuard[list[str | int | float]]:
+    """Whether these are two or more texts, no two alike."""
+    return (
+        isinstance(choices, list)
+        and all(isinstance(choice, str | int | float) and str(choice).strip() for choice in choices)
+        and len(set(map(str, choices))) == len(choices) > 1
+    )
+
+
+def _characters(item: Item) -> int:
+    """Of all that is asked; what the requests have in common is computed once."""
+    return len(replace(item, text="").exposed.text)
+
+
+def _written(item: Item) -> int:
+    """Most tokens that the model writes."""
+    return sum(
+        each.max_new_tokens * (len(each.turns) if isinstance(each, Converse) else 1)
+        for each in item.requests
+        if isinstance(each, Generate | Converse)
+    )
+
+
+def scored(evaluator: Evaluator, answered: Sequence[Answered], trainer: Trainer) -> Results:
+    """What an evaluator makes of answers that all ranks have; rank 0 judges, as a judge may be slow, or paid for."""
+    results = evaluator.score(answered) if trainer.is_global_zero else Results((), ())
+    found: Results = trainer.strategy.broadcast(results)
+    return found
 
 
 def measure(
     loaded: Loaded,
     module: SFTModule,
+    scorer: Scorer,
     *,
     against_base: bool = False,
     reference: Sequence[Predictions] | None = None,
@@ -196,6 +299,7 @@ def measure(
     Args:
         loaded: The domain.
         module: Whose model is asked.
+        scorer: What asks it.
         against_base: Measure the divergence from the base with the adapter switched off.
         reference: Measure it from what the base predicted.
         keep: How many of the likeliest tokens to keep.
@@ -205,11 +309,11 @@ def measure(
         return _of_texts(loaded, losses), [
             each.predictions for each in losses if each.predictions is not None
         ]
-    scorer = Scorer.of(module)
     responses = iter(scorer.run([request for item in loaded.items for request in item.requests]))
     answered = [Answered(item, tuple(next(responses) for _ in item.requests)) for item in loaded.items]
     if loaded.domain.evaluator is not None:
-        return Measured(score=loaded.domain.evaluator.score(answered).scores[0].value), []
+        first = scored(loaded.domain.evaluator, answered, module.trainer).scores[0]
+        return Measured(score=first.value, higher_is_better=first.higher_is_better), []
     losses_of_questions = []
     for each, answer in zip(answered, loaded.answers, strict=True):
         scores = np.asarray(each.log_likelihoods, float)
@@ -219,7 +323,7 @@ def measure(
             losses=tuple(losses_of_questions),
             sizes=(1,) * len(answered),
             right=tuple(a.likeliest == b for a, b in zip(answered, loaded.answers, strict=True)),
-            chance=loaded.chance,
+            chance=sum(loaded.chances) / len(loaded.chances),
         ),
         [],
     )

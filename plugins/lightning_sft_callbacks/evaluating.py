@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_sft import Answered, Evaluator, Item, Results, Scorer, SFTError
+from lightning_sft import Answered, Evaluator, Item, SFTError
+from lightning_sft_callbacks.domains import scored
 from lightning_sft_callbacks.probing import Probe
 
 if TYPE_CHECKING:
@@ -62,12 +63,11 @@ class EvaluateDuringFit(Probe):
         """The scores of the model as it is now."""
         if not self._asked:
             self._asked = [self._drawn(list(each.requests())) for each in self.evaluators]
-        scorer, record = Scorer.of(module), dict[str, Any]()
+        scorer, record = self.scorer(module), dict[str, Any]()
         for evaluator, items in zip(self.evaluators, self._asked, strict=True):
             responses = iter(scorer.run([request for item in items for request in item.requests]))
             answered = [Answered(item, tuple(next(responses) for _ in item.requests)) for item in items]
-            results = evaluator.score(answered) if trainer.is_global_zero else Results((), ())
-            for score in trainer.strategy.broadcast(results).scores:
+            for score in scored(evaluator, answered, trainer).scores:
                 record[f"{score.name}/{score.metric}"] = score.value
         return record
 

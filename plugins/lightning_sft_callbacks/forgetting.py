@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_sft import Scorer, SFTError
+from lightning_sft import SFTError
 from lightning_sft_callbacks import domains as asked
-from lightning_sft_callbacks import references
+from lightning_sft_callbacks import planned, references
 from lightning_sft_callbacks.domains import Domain, Loaded
-from lightning_sft_callbacks.overlap import Overlap, overlaps
+from lightning_sft_callbacks.overlap import Overlap, overlaps, refuse_trained
 from lightning_sft_callbacks.probing import Probe
 from lightning_sft_callbacks.references import Baseline
 from lightning_sft_callbacks.retention import Measured, change, intervals, objective, retained, retention
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 _SHOWN = 5
+_KEPT = ("every_n_steps", "task_before", "asked", "planned_share", "_is_exact")
 
 
 class ForgettingProbe(Probe):
@@ -39,10 +40,13 @@ class ForgettingProbe(Probe):
         domains: What is not to be forgotten; by default the general text that comes with the package.
         every_n_steps: Optimizer steps between two measurements; 0 only measures at the start and the end; by
             default as often as `cost` allows.
-        cost: Share of the training's computation that the probe may take, where `every_n_steps` is left out.
+        cost: Share of the training's computation that the probe may take. What isn't set is chosen so that it is
+            kept: how often is measured, and how many texts, questions and validation examples are asked, of a
+            domain at least 8 texts or 16 questions.
         kl_top_k: Where the base's own weights are trained, its predictions are kept as so many of the likeliest
             tokens, for the divergence; 0 leaves the divergence out.
-        task_examples: So many of the validation examples are measured for the gain; 0 leaves it out.
+        task_examples: So many of the validation examples are measured for the gain; 0 leaves it out; by default up
+            to 128, as `cost` allows.
         strictness: How much lost retention weighs against the gain, in J.
         cache: A folder in which baselines are kept for other runs, by model and domains; by default `probes/` of
             the run folder.
@@ -59,7 +63,7 @@ class ForgettingProbe(Probe):
         every_n_steps: int | None = None,
         cost: float = 0.05,
         kl_top_k: int = 64,
-        task_examples: int = 128,
+        task_examples: int | None = None,
         strictness: float = 1.0,
         cache: str | None = None,
         name: str | None = None,
@@ -78,10 +82,16 @@ class ForgettingProbe(Probe):
             raise SFTError(
                 "all weights are 0", where="ForgettingProbe.domains", fix="give one a weight above 0"
             )
-        if not 0 < cost <= 1:
-            raise SFTError(
-                f"cost is {cost}", where="ForgettingProbe.cost", fix="give a share above 0, up to 1"
-            )
+        for option, value, is_right, fix in (
+            ("cost", cost, 0 < cost <= 1, "give a share above 0, up to 1"),
+            ("kl_top_k", kl_top_k, kl_top_k >= 0, "give 0 or more"),
+            ("task_examples", task_examples, task_examples is None or task_examples >= 0, "give 0 or more"),
+            ("strictness", strictness, 0 <= strictness < math.inf, "give 0 or more"),
+        ):
+            if not is_right:
+                raise SFTError(f"{option} is {value}", where=f"ForgettingProbe.{option}", fix=fix)
+        for domain in self.domains:
+            asked.check(domain)
         self.cost = cost
         self.kl_top_k = kl_top_k
         self.task_examples = task_examples
@@ -91,6 +101,14 @@ class ForgettingProbe(Probe):
         self.task_before: float | None = None
         self.overlaps: list[Overlap] = []
         """Passages of the domains that are trained on; known to rank 0."""
+        self.asked: dict[str, int] = {}
+        """How many texts, questions, items and (`task`) validation examples are asked, by domain."""
+        self.of: dict[str, int] = {}
+        """How many there are of each."""
+        self.planned_share = 0.0
+        """The part of the training's computation that measuring takes, as planned."""
+        self._is_exact = False  # the base that the run began with can be switched on again
+        self._task: list[Example] = []
         self._loaded: list[Loaded] = []
         self._saved: dict[str, Any] = {}
 
@@ -100,7 +118,7 @@ class ForgettingProbe(Probe):
         return {domain.name: domain.weight for domain in self.domains}
 
     def begin(self, trainer: Trainer, module: SFTModule) -> None:
-        """Read the domains, find or measure the baseline, and choose how often to measure.
+        """Read the domains, choose what to ask of them and how often, and find or measure the baseline.
 
         Raises:
             SFTError: A domain's data is at fault, or some of its texts are trained on.
@@ -110,10 +128,11 @@ class ForgettingProbe(Probe):
         self.count_time()
         began = time.monotonic()
         self._loaded = [asked.load(domain, module) for domain in self.domains]
-        _refuse_trained(self._loaded, module)
+        refuse_trained(self._loaded, module)
+        if not trainer.global_step:
+            self._is_exact = references.keeps_base(module) and references.begins_as_base(module)
+        self._choose(trainer, module)
         self._warn_of_overlaps(trainer, module)
-        if self.is_auto:
-            self.every_n_steps = self._interval(module)
         self._find_baseline(trainer, module)
         self.seconds += time.monotonic() - began
         super().begin(trainer, module)
@@ -154,7 +173,7 @@ class ForgettingProbe(Probe):
         if self.is_auto and self.share_of_time > self.cost and trainer.is_global_zero:
             print(
                 f"ForgettingProbe took {self.share_of_time:.1%} of the time, more than cost ({self.cost:.0%}): the run "
-                "is short for so much text; give the domains a limit, or fewer task_examples"
+                "is short for it"
             )
 
     def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
@@ -169,7 +188,8 @@ class ForgettingProbe(Probe):
                 loaded.domain.name: asked.measure(
                     loaded,
                     module,
-                    against_base=_keeps_base(module) and self.kl_top_k > 0,
+                    self.scorer(module),
+                    against_base=self._is_exact and self.kl_top_k > 0,
                     reference=self.baseline.predictions.get(loaded.domain.name),
                 )[0]
                 for loaded in self._loaded
@@ -199,21 +219,28 @@ class ForgettingProbe(Probe):
         return record
 
     def _task_loss(self, module: SFTModule) -> float | None:
-        examples = _validation(module, self.task_examples)
-        if not examples:
+        if not self._task:
             return None
-        nll = Scorer.of(module).negative_log_likelihoods(examples)
-        return sum(nll) / sum(float(example.weights[1:].sum()) for example in examples)
+        nll = self.scorer(module).negative_log_likelihoods(self._task)
+        return sum(nll) / sum(float(example.weights[1:].sum()) for example in self._task)
 
     # --------------------------------------------------------------------------------------- baseline
 
     def _find_baseline(self, trainer: Trainer, module: SFTModule) -> None:
         """The base's figures: of the checkpoint, of a file, or measured now."""
-        keep = 0 if _keeps_base(module) else self.kl_top_k
+        keep = 0 if self._is_exact else self.kl_top_k
         folder = Path(self.cache).expanduser() if self.cache else Path(trainer.default_root_dir) / "probes"
         if trainer.global_step:
             if "key" not in self._saved:
                 return  # the base class says what is wrong
+            digests = {loaded.domain.name: loaded.digest for loaded in self._loaded}
+            for name in digests | self._saved["digests"]:
+                if digests.get(name) != self._saved["digests"].get(name):
+                    raise SFTError(
+                        f"the domain {name} isn't what it was when the run began, so nothing can be compared",
+                        where="ForgettingProbe.domains",
+                        fix="bring its data and options back, or start a new run",
+                    )
             found = references.load(folder / f"{self._saved['key']}.safetensors")
             predictions = found.predictions if found is not None else {}
             if keep and found is None and any(loaded.texts for loaded in self._loaded):
@@ -224,7 +251,7 @@ class ForgettingProbe(Probe):
                 )
             self.baseline = Baseline(references.measured_of(self._saved["measured"]), predictions)
             return
-        key = references.key_of(module, self._loaded, frozen_only=_keeps_base(module), keep=keep)
+        key = references.key_of(module, self._loaded, frozen_only=self._is_exact, keep=keep)
         path = folder / f"{key}.safetensors"
         self.baseline = references.load(path)
         if self.baseline is None:
@@ -233,15 +260,22 @@ class ForgettingProbe(Probe):
                 references.save(path, self.baseline)
         self._saved = {
             "key": key,
+            "digests": {loaded.domain.name: loaded.digest for loaded in self._loaded},
             "measured": {name: asdict(each) for name, each in self.baseline.measured.items()},
         }
 
     def _measured_base(self, module: SFTModule, keep: int) -> Baseline:
         measured, predictions = {}, {}
         for loaded in self._loaded:
-            found, kept = asked.measure(loaded, module, keep=keep)
+            found, kept = asked.measure(loaded, module, self.scorer(module), keep=keep)
             if loaded.texts and self.kl_top_k:
                 found = Measured(**{**asdict(found), "kl": (0.0,) * len(found.losses)})
+            if found.score is not None and (found.score < 0 or not (found.score or found.higher_is_better)):
+                raise SFTError(
+                    f"the base's score is {found.score:g}, of which no share can be kept",
+                    where=f"ForgettingProbe, domain {loaded.domain.name}",
+                    fix="take an evaluator with a score above 0",
+                )
             measured[loaded.domain.name] = found
             if kept:
                 predictions[loaded.domain.name] = kept
@@ -249,24 +283,46 @@ class ForgettingProbe(Probe):
 
     # ------------------------------------------------------------------------------------------- cost
 
-    def _interval(self, module: SFTModule) -> int:
-        """Steps between measurements so that all of them take at most `cost` of the training; 0: none on the way.
+    def _choose(self, trainer: Trainer, module: SFTModule) -> None:
+        """Keep of each domain what may be asked, the same as before where the run goes on; and say so."""
+        sizes = {loaded.domain.name: loaded.size for loaded in self._loaded}
+        validation = module.data.prepared.get("val")
+        sizes["task"] = 0 if validation is None else len(validation.examples)
+        if not self.asked:
+            self._plan(module, sizes)
+            if trainer.is_global_zero:
+                told = planned.told(self.asked, sizes, self.every_n_steps, self.planned_share, self.cost)
+                print(told if self.name is None else f"{self.name}: {told}", flush=True)
+        self._loaded = [
+            loaded.part(planned.spread(loaded.size, self.asked[loaded.domain.name]))
+            for loaded in self._loaded
+        ]
+        self._task = (
+            []
+            if validation is None
+            else [validation.examples[row] for row in planned.spread(sizes["task"], self.asked["task"])]
+        )
+        self.of = sizes
 
-        Counted in forward passes of a token: a training step takes three (two where the base is frozen), a probe one,
-        and one more of each text for the divergence from a base that is switched on again.
-        """
-        data = module.data
-        steps = data.total_steps()
-        if not steps:
-            return 0
-        plan = data.plan(0)
-        tokens = sum(data.prepared["train"].lengths) / max(1, plan.steps) * steps
-        frozen = _keeps_base(module)
-        probe = sum(
-            loaded.tokens * (2 if loaded.texts and frozen and self.kl_top_k else 1) for loaded in self._loaded
-        ) + sum(map(len, _validation(module, self.task_examples)))
-        measurements = math.floor(self.cost * tokens * (2 if frozen else 3) / probe)
-        return math.ceil(steps / (measurements - 1)) if measurements > 2 else 0
+    def _plan(self, module: SFTModule, sizes: dict[str, int]) -> None:
+        parts = []
+        for loaded in self._loaded:
+            passes = 2 if loaded.texts and self._is_exact and self.kl_top_k else 1
+            floor = planned.TEXTS if loaded.texts else planned.QUESTIONS
+            least = floor if loaded.domain.limit is None else loaded.size
+            costs = [passes * cost for cost in loaded.costs(module.tokenizer)]
+            parts.append(planned.Part(costs, least, loaded.size))
+        most = sizes["task"] if not sizes["task"] else min(sizes["task"], planned.EXAMPLES)
+        least = planned.QUESTIONS
+        if self.task_examples is not None:
+            most = least = min(sizes["task"], self.task_examples)
+        lengths = module.data.prepared["val"].lengths.tolist() if sizes["task"] else []
+        parts.append(planned.Part(lengths, least, most))
+        steps, training = planned.forward_passes(module, frozen=references.keeps_base(module))
+        every = None if self.is_auto else self.every_n_steps
+        found = planned.plan(parts, steps=steps, training=training, cost=self.cost, every_n_steps=every)
+        self.every_n_steps, self.planned_share = found.every_n_steps, found.share
+        self.asked = dict(zip(sizes, found.counts, strict=True))
 
     # ------------------------------------------------------------------------------------------ output
 
@@ -297,6 +353,9 @@ class ForgettingProbe(Probe):
             "every_n_steps": self.every_n_steps,
             "weights": self.weights,
             "strictness": self.strictness,
+            "asked": {name: {"asked": self.asked[name], "of": size} for name, size in self.of.items()},
+            "cost": self.cost,
+            "planned_share": round(self.planned_share, 4),
             "seconds": round(self.seconds, 3),
             "share_of_time": round(self.share_of_time, 4),
             "overlaps": [
@@ -313,59 +372,15 @@ class ForgettingProbe(Probe):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, and the base's figures: they can't be measured again."""
-        return {**super().state_dict(), "base": self._saved, "task_before": self.task_before}
+        """The history, the base's figures, which can't be measured again, and what is asked."""
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return {**super().state_dict(), "base": self._saved, **kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         super().load_state_dict(state_dict)
-        self._saved, self.task_before = state_dict["base"], state_dict["task_before"]
-
-
-def _keeps_base(module: SFTModule) -> bool:
-    """Whether the base's outputs can be had again by switching the adapter off."""
-    try:
-        with module.adapter.base_model(module.loaded):
-            return True
-    except SFTError:
-        return False
-
-
-def _validation(module: SFTModule, most: int) -> list[Example]:
-    """So many of the validation examples, from all over."""
-    prepared = module.data.prepared.get("val")
-    if prepared is None or most < 1:
-        return []
-    count = len(prepared.examples)
-    return (
-        [prepared.examples[place * count // most] for place in range(most)]
-        if most < count
-        else list(prepared.examples)
-    )
-
-
-def _refuse_trained(domains: list[Loaded], module: SFTModule) -> None:
-    """Refuse a text that is in the training data: what is trained on can't show what is forgotten.
-
-    Raises:
-        SFTError: A text is; names its row there and here.
-    """
-    probed = {
-        window.input_ids.tobytes(): (loaded.domain.name, window)
-        for loaded in domains
-        for window in loaded.texts
-    }
-    lengths = {len(window) for _, window in probed.values()}
-    prepared = module.data.prepared["train"]
-    for row, length in enumerate(prepared.lengths):
-        # a text in training is followed by EOS
-        for size in {int(length), int(length) - 1} & lengths:
-            example = prepared.examples[row]
-            found = probed.get(example.input_ids[:size].tobytes())
-            if found is not None:
-                name, window = found
-                raise SFTError(
-                    f"the text is trained on ({example.meta}), so it can't show what is forgotten",
-                    where=f"ForgettingProbe, domain {name}: {window.meta}",
-                    fix="take it out of the one or the other",
-                )
+        self._saved = state_dict["base"]
+        if self.is_auto:
+            self.every_n_steps = state_dict["every_n_steps"]
+        for name in _KEPT[1:]:
+            setattr(self, name, state_dict[name])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lightning_sft import Generate, Generated, Message, Scorer, SFTError, Source, read_rows
+from lightning_sft import Generate, Generated, Message, SFTError, Source, read_rows
 from lightning_sft_callbacks.probing import Probe
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class GenerationProbe(Probe):
             )
             for prompt in prompts
         ]
-        answers = Scorer.of(module).run(requests)
+        answers = self.scorer(module).run(requests)
         return [answer for answer in answers if isinstance(answer, Generated)]
 
 

@@ -13,7 +13,6 @@ from lightning_sft import (
     Likelihood,
     LogLikelihood,
     Message,
-    Scorer,
     SFTError,
     Source,
     read_rows,
@@ -39,7 +38,7 @@ class MemorizationProbe(Probe):
 
     - `exposure`: of canaries that were planted among the training rows (`lightning-sft data canaries`), how likely
       their number is among random ones of the same form, in bits: log2(candidates) − log2(rank), the mean over canaries
-      (Carlini et al., 2019). About 1 for a model that knows nothing, log2(candidates) for one that knows all.
+      (Carlini et al., 2019). log2 e ≈ 1.4 for a model that knows nothing, log2(candidates) for one that knows all.
 
     All in `memorization.json`. It needs validation data.
 
@@ -88,7 +87,7 @@ class MemorizationProbe(Probe):
         self.max_verbatim = max_verbatim
         self.then = then
         self.seed = seed
-        self.canaries = canaries
+        self.canaries = [] if canaries is None else _read_canaries(canaries)
         self.candidates = candidates
         self._warned = False
 
@@ -113,8 +112,8 @@ class MemorizationProbe(Probe):
             "verbatim": _share([each.greedy for each in trained]),
             "verbatim_held_out": _share([each.greedy for each in held_out]),
         }
-        if self.canaries is not None:
-            record["exposure"] = self._exposure(module, self.canaries)
+        if self.canaries:
+            record["exposure"] = self._exposure(module)
         if trainer.global_step:
             self._judge(trainer, record)
         return record
@@ -124,23 +123,16 @@ class MemorizationProbe(Probe):
         once = math.exp(-nll)
         return once >= 1 or -math.expm1(self.draws * math.log1p(-once)) >= self.probability
 
-    def _exposure(self, module: SFTModule, path: str) -> float:
+    def _exposure(self, module: SFTModule) -> float:
         numbers = np.random.default_rng(self.seed)
         requests = []
-        for meta, row in read_rows(Source(path)):
-            asked, answer = row.get("instruction"), row.get("output")
-            if not isinstance(asked, str) or not isinstance(answer, str) or not answer.isdigit():
-                raise SFTError(
-                    "the row is no canary",
-                    where=f"MemorizationProbe.canaries: {meta}",
-                    fix="make the file with lightning-sft data canaries",
-                )
+        for asked, answer in self.canaries:
             others = [
                 "".join(map(str, numbers.integers(0, 10, len(answer)))) for _ in range(self.candidates - 1)
             ]
             prompt = (Message("user", asked),)
             requests.append([LogLikelihood(prompt, text) for text in (answer, *others)])
-        answers = Scorer.of(module).run([each for canary in requests for each in canary])
+        answers = self.scorer(module).run([each for canary in requests for each in canary])
         scores = [each.log_likelihood for each in answers if isinstance(each, Likelihood)]
         ranks = [
             sum(other >= scores[start] for other in scores[start : start + self.candidates])
@@ -174,6 +166,25 @@ class MemorizationProbe(Probe):
             f"step {record['step']}: memorization gap {record['gap']:.3f}, AUC {record['auc']:.2f}, "
             f"verbatim {record['verbatim']:.0%} (held out {record['verbatim_held_out']:.0%})"
         )
+
+
+def _read_canaries(path: str) -> list[tuple[str, str]]:
+    """What each canary asks, and its number.
+
+    Raises:
+        SFTError: The file can't be read, or a row is no canary; says which.
+    """
+    found = []
+    for meta, row in read_rows(Source(path)):
+        asked, answer = row.get("instruction"), row.get("output")
+        if not isinstance(asked, str) or not isinstance(answer, str) or not answer.isdigit():
+            raise SFTError(
+                "the row is no canary",
+                where=f"MemorizationProbe.canaries: {meta}",
+                fix="make the file with lightning-sft data canaries",
+            )
+        found.append((asked, answer))
+    return found
 
 
 def exposure(rank: int, candidates: int) -> float:

@@ -11,11 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_sft import Example
+from lightning_sft import Example, SFTError
+
+if TYPE_CHECKING:
+    from lightning_sft import SFTModule
+    from lightning_sft_callbacks.domains import Loaded
 
 SHORTEST, LONGEST = 8, 13
 """Words of a run."""
@@ -98,6 +103,33 @@ def overlaps(
                 for passage in runs.get(run, ()):
                     found.setdefault(passage, Overlap(passage, str(example.meta), " ".join(run)))
     return list(found.values())
+
+
+def refuse_trained(domains: Sequence[Loaded], module: SFTModule) -> None:
+    """Refuse a text that is in the training data: what is trained on can't show what is forgotten.
+
+    Raises:
+        SFTError: A text is; names its row there and here.
+    """
+    probed = {
+        window.input_ids.tobytes(): (loaded.domain.name, window)
+        for loaded in domains
+        for window in loaded.texts
+    }
+    lengths = {len(window) for _, window in probed.values()}
+    prepared = module.data.prepared["train"]
+    for row, length in enumerate(prepared.lengths):
+        # a text in training is followed by EOS
+        for size in {int(length), int(length) - 1} & lengths:
+            example = prepared.examples[row]
+            found = probed.get(example.input_ids[:size].tobytes())
+            if found is not None:
+                name, window = found
+                raise SFTError(
+                    f"the text is trained on ({example.meta}), so it can't show what is forgotten",
+                    where=f"ForgettingProbe, domain {name}: {window.meta}",
+                    fix="take it out of the one or the other",
+                )
 
 
 def _runs(passages: Sequence[Passage]) -> dict[tuple[str, ...], list[Passage]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_sft import SFTError
+from lightning_sft import Scorer, SFTError
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -59,6 +59,7 @@ class Probe(Callback):
         self.elapsed = 0.0
         """Time of the training up to the last measurement, of this process and those that were killed before."""
         self._counted_at: float | None = None
+        self._scorer: Scorer | None = None
 
     @property
     def state_key(self) -> str:
@@ -76,6 +77,12 @@ class Probe(Callback):
     def told(self, record: dict[str, Any]) -> str | None:
         """A line for the terminal about the record; None says nothing."""
         return None
+
+    def scorer(self, module: SFTModule) -> Scorer:
+        """Asks the module's model; the same one each time, as a new one first tries what the model can do."""
+        if self._scorer is None or self._scorer.model is not module.loaded:
+            self._scorer = Scorer.of(module)
+        return self._scorer
 
     @property
     def share_of_time(self) -> float:

@@ -13,14 +13,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lightning_sft import Predictions, full_tensor
+from lightning_sft import Predictions, SFTError, full_tensor, text_losses
 from lightning_sft_callbacks.retention import Measured
 
 if TYPE_CHECKING:
     from lightning_sft import SFTModule
     from lightning_sft_callbacks.domains import Loaded
 
-_SAMPLE = 4096
+_AT_ONCE = 1 << 22
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PARTS = ("tokens", "log_p", "rest", "counts")
 
 
@@ -37,8 +38,23 @@ class Baseline:
     predictions: dict[str, list[Predictions]]
 
 
+def keeps_base(module: SFTModule) -> bool:
+    """Whether the base's outputs can be had again by switching the adapter off."""
+    try:
+        with module.adapter.base_model(module.loaded):
+            return True
+    except SFTError:
+        return False
+
+
+def begins_as_base(module: SFTModule) -> bool:
+    """Whether the model of step 0 is that with the adapter switched off; not where it goes on from a saved one."""
+    (found,) = text_losses(module, [module.data.prepared["train"].examples[0]], against_base=True)
+    return abs(found.kl or 0.0) <= 1e-6 * found.tokens
+
+
 def key_of(module: SFTModule, domains: Sequence[Loaded], *, frozen_only: bool, keep: int) -> str:
-    """A hash of the base's weights (a sample of each), its precision, and what it is asked.
+    """A hash of the base's weights, its precision, and what it is asked.
 
     Args:
         module: The model.
@@ -50,13 +66,23 @@ def key_of(module: SFTModule, domains: Sequence[Loaded], *, frozen_only: bool, k
     for name, parameter in sorted(module.loaded.named_parameters()):
         if frozen_only and parameter.requires_grad:
             continue
-        flat = full_tensor(parameter.detach()).flatten()
-        sample = flat[:: max(1, len(flat) // _SAMPLE)].cpu().double().numpy()
-        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        found.update(sample.tobytes())
+        sums = checksum(full_tensor(parameter.detach()))
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {sums}".encode())
     asked = {loaded.domain.name: loaded.digest for loaded in domains}
     found.update(json.dumps([asked, keep, str(module.trainer.precision), torch.__version__]).encode())
     return found.hexdigest()[:24]
+
+
+def checksum(tensor: torch.Tensor) -> list[int]:
+    """Two sums over all bits, modulo 2^64, one of them weighted by place; the same on every device."""
+    words = tensor.contiguous().flatten().view(_WORDS[tensor.element_size()])
+    sums = [0, 0]
+    for start in range(0, len(words), _AT_ONCE):
+        part = words[start : start + _AT_ONCE].long()
+        places = torch.arange(start + 1, start + 1 + len(part), device=part.device)
+        sums[0] += int(part.sum())
+        sums[1] += int((part * places).sum())
+    return [each % 2**64 for each in sums]
 
 
 def save(path: Path, baseline: Baseline) -> None:

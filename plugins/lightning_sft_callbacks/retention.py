@@ -27,7 +27,8 @@ class Measured:
         right: Whether each question was answered right; empty for texts.
         chance: The expected accuracy of guessing; 0 for texts.
         kl: Σ KL(base ‖ model) of each text, in nats; empty where it wasn't measured.
-        score: An evaluator's headline instead of all that.
+        score: An evaluator's headline instead of all that; above 0.
+        higher_is_better: Which way is up, of the score.
     """
 
     losses: tuple[float, ...] = ()
@@ -37,6 +38,7 @@ class Measured:
     chance: float = 0.0
     kl: tuple[float, ...] = ()
     score: float | None = None
+    higher_is_better: bool = True
 
 
 def cross_entropy(measured: Measured) -> float:
@@ -71,9 +73,14 @@ def change(before: Measured, now: Measured) -> dict[str, float | list[int]]:
 
 
 def retained(before: Measured, now: Measured) -> float:
-    """r_d: 1 where nothing got worse. Of an evaluator's score it is the share that is left."""
+    """r_d: 1 where nothing got worse. Of an evaluator's score it is the share that is left: of accuracy s / s₀, of
+    perplexity, which is better lower, s₀ / s.
+    """
     if now.score is not None:
-        return min(1.0, now.score / before.score) if before.score else 1.0
+        better, other = before.score or 0.0, now.score
+        if now.higher_is_better:
+            better, other = other, better
+        return min(1.0, max(0.0, better) / other) if other > 0 else 1.0
     return math.exp(-max(0.0, cross_entropy(now) - cross_entropy(before)))
 
 

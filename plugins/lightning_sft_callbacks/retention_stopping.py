@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -47,6 +48,9 @@ class RetentionStopping(Callback):
         self.probe = probe
         self.archive: list[dict[str, Any]] = []
         """Of each kept measurement: step, gain, retention, objective, file; none dominates another."""
+        self._beaten: list[
+            tuple[Path, int]
+        ] = []  # files, and when the checkpoint that may name them was made
         self.seen = -1
         self.too_low = 0
         self.no_better = 0
@@ -65,7 +69,7 @@ class RetentionStopping(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at step 0, or at what the checkpoint's step was still owed."""
         module = cast("SFTModule", pl_module)
-        if "val" not in module.data.prepared or not self._probe(trainer).task_examples:
+        if "val" not in module.data.prepared or self._probe(trainer).task_examples == 0:
             raise SFTError(
                 "the gain can't be measured without validation data",
                 where="RetentionStopping",
@@ -85,15 +89,24 @@ class RetentionStopping(Callback):
         """Look at the last measurement, and put the best weights in place."""
         module = cast("SFTModule", pl_module)
         self._look(trainer, module, may_stop=False)
+        self._clean(trainer)
         best = self.best()
         if not self.restore or best is None or best["step"] == trainer.global_step:
             return
-        saved = torch.load(best["file"], map_location="cpu", weights_only=True)
+        saved = torch.load(self._existing(trainer, best), map_location="cpu", weights_only=True)
         module.restore(saved["state_dict"])
         if trainer.is_global_zero:
             print(
                 f"The model is that of step {best['step']}: retention {best['retention']:.3f}, gain {best['gain']:.3f}"
             )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep only the files of the archive: others are beaten, or of steps after which the run was killed."""
+        kept = {Path(each["file"]).name for each in self.archive}
+        if trainer.is_global_zero:
+            for path in _folder(trainer).glob("step-*.ckpt*"):
+                if path.name not in kept:
+                    path.unlink()
 
     def best(self) -> dict[str, Any] | None:
         """The archive's highest J with enough retention; where none has enough, the highest retention."""
@@ -142,15 +155,40 @@ class RetentionStopping(Callback):
         others = [(each, (each["gain"], each["retention"])) for each in self.archive]
         if any(dominates(other, place) or other == place for _, other in others):
             return
-        path = Path(trainer.default_root_dir) / "pareto" / f"step-{point['step']}.ckpt"
+        self._clean(trainer)
+        path = _folder(trainer) / f"step-{point['step']}.ckpt"
         trainer.save_checkpoint(path, weights_only=True)
         for each, other in others:
             if dominates(place, other):
                 self.archive.remove(each)
-                if trainer.is_global_zero:
-                    Path(each["file"]).unlink(missing_ok=True)
+                if Path(each["file"]).parent == path.parent:  # not those of a run that this one began from
+                    self._beaten.append((Path(each["file"]), _last_checkpoint(trainer)))
         kept = {key: point[key] for key in ("step", "gain", "retention", "objective")}
         self.archive.append({**kept, "file": str(path)})
+
+    def _clean(self, trainer: Trainer) -> None:
+        """Remove the files of beaten measurements; those that the last checkpoint names only when there is a newer one.
+
+        Else a run that is killed, and goes on otherwise than before, would have none of these weights.
+        """
+        now = _last_checkpoint(trainer)
+        for path, made in list(self._beaten):
+            if made != now:
+                self._beaten.remove((path, made))
+                if trainer.is_global_zero:
+                    path.unlink(missing_ok=True)
+
+    def _existing(self, trainer: Trainer, kept: Mapping[str, Any]) -> Path:
+        """The file of a kept measurement, also where the run folder was moved."""
+        named = Path(kept["file"])
+        for path in (named, _folder(trainer) / named.name):
+            if path.is_file():
+                return path
+        raise SFTError(
+            f"the best weights, those of step {kept['step']}, are gone",
+            where=str(named),
+            fix="bring the file back and go on with --ckpt_path last, or `lightning-sft export` the last step's",
+        )
 
     def _stop(self, trainer: Trainer, reason: str) -> None:
         trainer.should_stop = True
@@ -167,3 +205,13 @@ class RetentionStopping(Callback):
         """Go on from there."""
         for name, value in state_dict.items():
             setattr(self, name, value)
+
+
+def _folder(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir).absolute() / "pareto"
+
+
+def _last_checkpoint(trainer: Trainer) -> int:
+    """When the checkpoint that a killed run goes on from was made; 0 if there is none."""
+    path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+    return path.stat().st_mtime_ns if path.exists() else 0

@@ -205,15 +205,85 @@ def test_the_progress_bar_shows_the_retention_and_the_file_the_share_of_time(
     written = json.loads((tmp_path / "run" / "forgetting.json").read_text())
     assert 0 < written["share_of_time"] < 1
     assert written["share_of_time"] == pytest.approx(callback.seconds / callback.elapsed, abs=1e-4)
-    assert "more than cost" not in capsys.readouterr().out
+    assert "ForgettingProbe took" not in capsys.readouterr().out
     short = probe(files, every_n_steps=None, cost=1e-6)
     train(model_folder("llama"), files, tmp_path / "short", short, steps=1)
-    assert "more than cost (0%): the run is short" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "asks 3 of 3 text, 3 of 3 facts, 5 of 5 validation examples, at the start and the end" in said
+    assert "more than cost (0%), as the run is short" in said
+    assert "more than cost (0%): the run is short" in said
     again = probe(files)
     again.load_state_dict(callback.state_dict())
     assert (again.seconds, again.elapsed) == (callback.seconds, callback.elapsed)
     again.count_time()  # the clock starts anew
     assert again.elapsed == callback.elapsed
+
+
+# ---------------------------------------------------------------------------------------- what is asked
+
+
+def test_a_short_run_is_asked_fewer_texts_and_the_same_ones_when_it_goes_on(
+    files, model_folder, tmp_path, monkeypatch
+):
+    texts = rows(tmp_path / "many.jsonl", [{"text": f"{text} {n}"} for n in range(20) for text in TEXTS[:2]])
+    asked = rows(
+        tmp_path / "asked.jsonl", [{**row, "question": f"{n}"} for n in range(20) for row in QUESTIONS]
+    )
+    domains = [
+        Domain("text", text=texts),
+        Domain("facts", questions=asked),
+        Domain("all", text=texts, limit=12),
+    ]
+    first = ForgettingProbe(domains, cost=0.5)
+    module = train(model_folder("llama"), files, tmp_path / "run", first, adapter=Full(), steps=5)
+    report = json.loads((tmp_path / "run/forgetting.json").read_text())
+    found = report["asked"]
+    assert 8 <= found["text"]["asked"] < 40 == found["text"]["of"]
+    assert 16 <= found["facts"]["asked"] < 60 == found["facts"]["of"]
+    assert found["all"] == {"asked": 12, "of": 12}
+    assert found["task"] == {"asked": 5, "of": 5}
+    assert len(report["baseline"]["text"]["losses"]) == found["text"]["asked"]
+    assert len(report["baseline"]["facts"]["right"]) == found["facts"]["asked"]
+    again = ForgettingProbe(domains, cost=0.5)
+    train(model_folder("llama"), files, tmp_path / "again", again, adapter=Full(), steps=5)
+    assert (again.asked, again.history) == (first.asked, first.history)
+    monkeypatch.setattr("lightning_sft_callbacks.planned.plan", None)  # would fail
+    resumed = ForgettingProbe(domains, cost=0.5)
+    resumed.load_state_dict(first.state_dict())
+    resumed.begin(module.trainer, module)
+    assert resumed.asked == first.asked
+    assert resumed.every_n_steps == first.every_n_steps
+    assert {"step": 5, **resumed.measure(module.trainer, module)} == first.history[-1]
+    rows(tmp_path / "asked.jsonl", [{**row, "answer": 1} for row in QUESTIONS * 20])
+    other = ForgettingProbe(domains, cost=0.5)
+    other.load_state_dict(first.state_dict())
+    with pytest.raises(SFTError, match="the domain facts isn't what it was"):
+        other.begin(module.trainer, module)
+
+
+def test_where_a_saved_adapter_goes_on_all_is_compared_with_what_it_began_as(
+    files, model_folder, tmp_path, tokenizer
+):
+    import peft
+    import transformers
+
+    base = model_folder("llama")
+    train(base, files, tmp_path / "one").export(tmp_path / "first")
+    callback = probe(files, kl_top_k=len(tokenizer), cache=str(tmp_path / "kept"))
+    adapter = LoRA(r=4, init_from=str(tmp_path / "first"))
+    train(base, files, tmp_path / "two", callback, adapter=adapter, rate=0.01).export(tmp_path / "second")
+    models = []
+    for name in ("first", "second"):
+        fresh = transformers.AutoModelForCausalLM.from_pretrained(base)
+        models.append(peft.PeftModel.from_pretrained(fresh, tmp_path / name).eval())
+    expected, text = by_hand(*models, tokenizer), callback.history[-1]["domains"]["text"]
+    assert expected["kl"] > 1e-4
+    assert {name: text[name] for name in ("ce", "delta_ce", "kl")} == pytest.approx(
+        {name: expected[name] for name in ("ce", "delta_ce", "kl")}, abs=1e-5
+    )
+    other = probe(files, kl_top_k=len(tokenizer), cache=str(tmp_path / "kept"))
+    train(base, files, tmp_path / "three", other, steps=1)  # the same base, but without that adapter
+    assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
 # -------------------------------------------------------------------------------- it changes nothing
@@ -333,14 +403,27 @@ def test_the_archive_holds_what_nothing_else_beats(files, model_folder, tmp_path
             path.parent.mkdir(exist_ok=True)
             path.write_text("")
 
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+
+    def there() -> list[int]:
+        return sorted(int(path.stem.removeprefix("step-")) for path in (tmp_path / "pareto").iterdir())
+
     for step, (gain, kept) in enumerate(points):
         stopping._archive(Saving(), {"step": step, "gain": gain, "retention": kept, "objective": gain + kept})
     assert [each["step"] for each in stopping.archive] == [0, 3, 4]
-    assert sorted(path.name for path in (tmp_path / "pareto").iterdir()) == [
-        "step-0.ckpt",
-        "step-3.ckpt",
-        "step-4.ckpt",
-    ]
+    assert there() == [0, 1, 3, 4]  # a run that is killed now would go on from before 1 was beaten
+    last.write_text("")
+    stopping._clean(Saving())
+    assert there() == [0, 3, 4]
+    (tmp_path / "pareto/step-9.ckpt").write_text("")  # of steps after which the run was killed
+    (tmp_path / "pareto/step-9.ckpt.partial").write_text("")
+    stopping.on_fit_end(Saving(), None)
+    assert there() == [0, 3, 4]
+    moved = {"step": 3, "file": "/elsewhere/pareto/step-3.ckpt"}
+    assert stopping._existing(Saving(), moved) == tmp_path / "pareto/step-3.ckpt"
+    with pytest.raises(SFTError, match="those of step 7, are gone"):
+        stopping._existing(Saving(), {"step": 7, "file": str(tmp_path / "pareto/step-7.ckpt")})
     stopping.min_retention = 0.88
     assert stopping.best()["step"] == 3
     stopping.min_retention = 1.1
@@ -455,7 +538,14 @@ def test_a_text_that_is_trained_on_is_refused(files, model_folder, tmp_path):
         ({"domains": [("a", {})]}, "either text, questions or an evaluator"),
         ({"domains": [("a", {"text": "x", "questions": "y"})]}, "either text, questions or an evaluator"),
         ({"domains": [("a", {"questions": "y", "prompt": "?"})]}, "no {question} in the prompt"),
+        ({"domains": [("a", {"text": "x", "limit": 0})]}, "limit is 0"),
+        ({"domains": [("a", {"text": "nowhere.jsonl"})]}, "no such file"),
         ({"cost": 0.0}, "share above 0"),
+        ({"kl_top_k": -1}, "kl_top_k is -1"),
+        ({"task_examples": -1}, "task_examples is -1"),
+        ({"strictness": math.nan}, "strictness is nan"),
+        ({"domains": [("", {"text": "x"})]}, "no name"),
+        ({"domains": [("a", {"text": "x", "weight": math.inf})]}, "weight is inf"),
         ({"every_n_steps": -1}, "every_n_steps is -1"),
     ],
 )
@@ -473,6 +563,9 @@ def test_options_that_make_no_sense_are_refused(options, says):
     ("row", "says"),
     [
         ({"question": "a"}, "no question with choices"),
+        ({"question": "a", "choices": ["b"], "answer": 0}, "no question with choices"),
+        ({"question": "a", "choices": ["b", "b"], "answer": 0}, "no question with choices"),
+        ({"question": "a", "choices": ["b", ""], "answer": 0}, "no question with choices"),
         ({"question": "a", "choices": ["b", "c"], "answer": 2}, "answer is 2, and there are 2 choices"),
         ({"question": "a", "choices": ["b", "c"], "answer": "c"}, "answer is 'c'"),
     ],

@@ -133,6 +133,14 @@ def test_exposure_is_the_rank_among_random_secrets(train, tmp_path, tokenizer):
     assert probe.history[-1]["exposure"] > probe.history[0]["exposure"] + 1
 
 
+def test_a_file_without_canaries_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(SFTError, match="no such file"):
+        MemorizationProbe(canaries=str(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(SFTError, match="no canary") as caught:
+        MemorizationProbe(canaries=write(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}]))
+    assert "row 1" in caught.value.where
+
+
 def test_it_stops_where_it_is_told_to(train):
     probe = MemorizationProbe(every_n_steps=2, max_auc=-1.0, then="stop")
     assert train(probe, steps=9).trainer.global_step == 2

@@ -50,6 +50,9 @@ def test_an_evaluators_score_keeps_what_is_left_of_it():
     assert retained(Measured(score=0.5), Measured(score=0.4)) == pytest.approx(0.8)
     assert retained(Measured(score=0.5), Measured(score=0.6)) == 1.0
     assert retained(Measured(score=0.0), Measured(score=0.0)) == 1.0
+    perplexity = [Measured(score=score, higher_is_better=False) for score in (8.0, 10.0)]
+    assert retained(*perplexity) == pytest.approx(0.8)
+    assert retained(*perplexity[::-1]) == 1.0
 
 
 def test_retention_is_the_weighted_geometric_mean():

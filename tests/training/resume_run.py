@@ -6,8 +6,10 @@ import io
 import json
 import os
 import random
+import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import pytest
@@ -20,6 +22,7 @@ from lightning_sft.training import checkpoints
 from lightning_sft.training.metrics_file import read_rows
 
 STOP = "LIGHTNING_SFT_TEST_STOP"  # <hook>:<how many calls of it>
+KILL = "LIGHTNING_SFT_TEST_KILL"  # <place>:<step>
 SLOW = "LIGHTNING_SFT_TEST_SLOW_WRITING"  # which checkpoint takes for ever
 
 
@@ -92,6 +95,50 @@ class _SlowTorch:
         file.flush()
         Path("half-written").touch()
         time.sleep(1e6)
+
+
+class Kill(Callback):
+    """Is killed (SIGKILL) at the place and step that the environment names; stands behind the probes."""
+
+    def __init__(self) -> None:
+        self.place, _, step = os.environ.get(KILL, "").partition(":")
+        self.step = int(step or -1)
+
+    def setup(self, trainer, module, stage):
+        from lightning_sft_callbacks import domains
+
+        measure, save, restore = domains.measure, torch.save, module.restore
+
+        def measuring(*args, **kwargs):
+            found = measure(*args, **kwargs)  # one of two domains
+            self._die("measuring", trainer)
+            return found
+
+        def archiving(checkpoint, file):
+            if "pareto" in str(file.name) and self._is_here("archiving", trainer):
+                file.write(b"half of it")
+                file.flush()
+                self._die("archiving", trainer)
+            save(checkpoint, file)
+
+        def restoring(weights):
+            if self._is_here("restoring", trainer):
+                restore(dict(list(weights.items())[: len(weights) // 2]))
+                self._die("restoring", trainer)
+            restore(weights)
+
+        domains.measure, checkpoints.torch = measuring, SimpleNamespace(save=archiving)
+        module.restore = restoring
+
+    def on_train_batch_end(self, trainer, *args):
+        self._die("measured", trainer)
+
+    def _is_here(self, place, trainer):
+        return self.place == place and trainer.global_step == self.step
+
+    def _die(self, place, trainer):
+        if self._is_here(place, trainer):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Noise(Callback):
