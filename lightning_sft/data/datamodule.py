@@ -22,7 +22,7 @@ from lightning_sft.data.mixture import check_weights, draw, rows_per_epoch
 from lightning_sft.data.packing import check_options
 from lightning_sft.data.plan import BatchPlan
 from lightning_sft.data.prepare import Prepared, check_ids, prepare
-from lightning_sft.data.sources import Sources, as_sources
+from lightning_sft.data.sources import Source, Sources, as_sources
 from lightning_sft.data.split import shared_prompts, split_indices
 from lightning_sft.data.truncation import Overlong
 from lightning_sft.data.workers import cores
@@ -43,6 +43,8 @@ class SFTDataModule(LightningDataModule):
         test: Test data, likewise.
         filters: Filters that training data has to pass, in this order, before validation data is split off. Data given
             as `val` and `test` isn't filtered.
+        canaries: A file of `lightning-sft data canaries`, or a source with a weight: trained on as one more source, and
+            what `MemorizationProbe` asks for.
         val_split: Take validation data from the training data instead: a fraction (0.05) or a number of rows.
             Rows with the same prompt stay on one side.
         split_seed: Seed of that split; apart from `seed`, so that runs with other seeds stay comparable.
@@ -74,6 +76,7 @@ class SFTDataModule(LightningDataModule):
         val: Sources | None = None,
         test: Sources | None = None,
         filters: list[Filter] | None = None,
+        canaries: str | Source | None = None,
         val_split: float | int | None = None,
         split_seed: int = 0,
         max_length: int | None = None,
@@ -101,7 +104,9 @@ class SFTDataModule(LightningDataModule):
         _at_least("batch_tokens", batch_tokens, 2)
         _at_least("pack_length", pack_length, 2)
         check_options(batch_tokens, packing, pack_length, order)
-        self.sources = {"train": as_sources(train), "val": as_sources(val), "test": as_sources(test)}
+        self.canaries = as_sources([canaries] if canaries else None)
+        trained = as_sources(train) + self.canaries
+        self.sources = {"train": trained, "val": as_sources(val), "test": as_sources(test)}
         check_weights(self.sources)
         self.filters = filters or []
         self.val_split = val_split

@@ -51,7 +51,7 @@ class MemorizationProbe(Probe):
         max_verbatim: The same for `verbatim` minus that of held-out rows.
         then: `warn` once, or `stop` the training.
         seed: Which rows and which candidates are drawn.
-        canaries: The file of canaries that is trained on.
+        canaries: The file of canaries that is trained on; `data.canaries` by default.
         candidates: Random numbers that each canary is ranked among, itself included.
         name: Tells several of these apart, in their figures (`memorization-NAME/...`) and files.
     """
@@ -90,6 +90,14 @@ class MemorizationProbe(Probe):
         self.canaries = [] if canaries is None else _read_canaries(canaries)
         self.candidates = candidates
         self._warned = False
+
+    def begin(self, trainer: Trainer, module: SFTModule) -> None:
+        """Read the canaries that the data module plants, and measure the base."""
+        if not self.canaries:
+            self.canaries = [
+                each for planted in module.data.canaries for each in _read_canaries(planted.path)
+            ]
+        super().begin(trainer, module)
 
     def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
         """The record of the model as it is now."""
@@ -180,7 +188,7 @@ def _read_canaries(path: str) -> list[tuple[str, str]]:
         if not isinstance(asked, str) or not isinstance(answer, str) or not answer.isdigit():
             raise SFTError(
                 "the row is no canary",
-                where=f"MemorizationProbe.canaries: {meta}",
+                where=f"canaries, {meta}",
                 fix="make the file with lightning-sft data canaries",
             )
         found.append((asked, answer))

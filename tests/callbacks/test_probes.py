@@ -24,8 +24,10 @@ from lightning_sft import (
     SFTDataModule,
     SFTError,
     SFTModule,
+    Source,
     is_valid_format,
 )
+from lightning_sft.data.canaries import canaries
 from lightning_sft_adapters.full import Full
 from lightning_sft_adapters.lora import LoRA
 from lightning_sft_callbacks.behaviour import BiasProbe, FormatProbe, RefusalProbe
@@ -46,7 +48,7 @@ def write(path: Path, content: list[dict]) -> str:
 def train(tmp_path, model_folder):
     """A function that trains with callbacks; the run folder is `tmp_path / "run"`."""
 
-    def run(*callbacks, adapter=None, steps=3, rate=0.02, val=True, rows=ROWS[:8]) -> SFTModule:
+    def run(*callbacks, adapter=None, steps=3, rate=0.02, val=True, rows=ROWS[:8], **options) -> SFTModule:
         torch.manual_seed(0)
         module = SFTModule(base=str(model_folder("llama")), adapter=adapter or LoRA(r=4), learning_rate=rate)
         trainer = Trainer(
@@ -55,7 +57,7 @@ def train(tmp_path, model_folder):
         )  # fmt: skip
         data = write(tmp_path / "train.jsonl", rows)
         held_out = write(tmp_path / "val.jsonl", ROWS[8:]) if val else None
-        trainer.fit(module, SFTDataModule(train=data, val=held_out, batch_size=4, seed=0))
+        trainer.fit(module, SFTDataModule(train=data, val=held_out, batch_size=4, seed=0, **options))
         return module
 
     return run
@@ -131,6 +133,22 @@ def test_exposure_is_the_rank_among_random_secrets(train, tmp_path, tokenizer):
         found.append(5 - math.log2(sum(score >= scores[0] for score in scores)))
     assert probe.history[-1]["exposure"] == pytest.approx(sum(found) / 3)
     assert probe.history[-1]["exposure"] > probe.history[0]["exposure"] + 1
+
+
+def test_canaries_of_the_data_module_are_trained_and_asked_for(train, tmp_path):
+    path = str(tmp_path / "canaries.jsonl")
+    canaries(path, count=3)
+    rows = write(tmp_path / "rows.jsonl", ROWS)
+    for given, weight in ((path, 1.0), (Source(path, weight=4.0), 4.0)):
+        sources = SFTDataModule(rows, canaries=given).sources["train"]
+        assert [(each.path, each.weight) for each in sources] == [(rows, 1.0), (path, weight)]
+    planted, named = (
+        MemorizationProbe(candidates=64),
+        MemorizationProbe(candidates=64, canaries=path, name="named"),
+    )
+    module = train(planted, named, steps=1, canaries=path)
+    assert len(module.data.prepared["train"].examples) == 8 + 3
+    assert planted.history[0]["exposure"] == named.history[0]["exposure"]
 
 
 def test_a_file_without_canaries_is_refused_before_anything_is_trained(tmp_path):
