@@ -138,7 +138,8 @@ def _intact(folder: Path) -> None:
         raise SFTError(f"the model lacks {missing[0]}", where=str(folder), fix=fix)
     files = sorted(folder.glob("*.safetensors"))
     if not files and not any(folder.glob("*.bin")):
-        raise SFTError("the model has no weights", where=str(folder), fix=fix)
+        expected = "adapter_model" if (folder / "adapter_config.json").exists() else "model"
+        raise SFTError(f"the model has no weights: no {expected}.safetensors", where=str(folder), fix=fix)
     for path in files:
         try:
             with safe_open(str(path), "pt"):

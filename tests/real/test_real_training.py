@@ -17,12 +17,12 @@ RUNS = {
     "lora-tools": ("LoRA", "glaive_toolcall_en_demo.json", 2e-3),
     "full-tools": ("Full", "glaive_toolcall_en_demo.json", 5e-4),
 }
-CONTEXT = 512
+ROWS = 200
 
 
 @pytest.fixture(scope="module", params=RUNS)
 def run(request, shared, tmp_path_factory) -> Path:
-    """A finished run: one epoch over the file, cut to the model's context."""
+    """A finished run: one epoch over the file's first rows, cut to the model's context."""
     adapter, file, rate = RUNS[request.param]
     folder = tmp_path_factory.mktemp("runs") / request.param
     code = main(
@@ -31,7 +31,7 @@ def run(request, shared, tmp_path_factory) -> Path:
             f"--model.base={shared}/real/models/stories260k",
             f"--model.adapter={adapter}",
             f"--model.learning_rate={rate}",
-            f"--data.train={shared}/real/sft/{file}",
+            f"--data.train=[{{path: {shared}/real/sft/{file}, limit: {ROWS}}}]",
             "--data.val_split=0.1",
             "--data.overlong=truncate_right",
             "--data.max_lost_fraction=1.0",
@@ -59,12 +59,13 @@ def base_loss(run: Path) -> float:
     """The loss of the untouched base on the run's validation rows."""
     from lightning.pytorch import Trainer
 
-    from lightning_sft import SFTDataModule, SFTModule
+    from lightning_sft import SFTDataModule, SFTModule, Source
 
     config = load_config(run)
     module = SFTModule(base=config["model"]["base"])
     options = ("train", "val_split", "overlong", "max_lost_fraction", "batch_size")
-    data = SFTDataModule(**{name: config["data"][name] for name in options})
+    options = {name: config["data"][name] for name in options}
+    data = SFTDataModule(**options | {"train": [Source(options["train"][0]["path"], limit=ROWS)]})
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     return trainer.validate(module, data, verbose=False)[0]["val/loss"]
 
@@ -83,15 +84,15 @@ def test_ledger_adds_up_to_the_files_rows_and_tokens(run, shared):
 
     ledger = json.loads((run / "ledger.json").read_text())
     (source,) = ledger["train"]["sources"]
-    path = load_config(run)["data"]["train"]
-    rows = json.loads(Path(path).read_text())
+    path = load_config(run)["data"]["train"][0]["path"]
+    rows = json.loads(Path(path).read_text())[:ROWS]
     assert source["rows"] == source["conversations"] == len(rows)
     lost = [*source["truncated"].values(), *source["dropped"].values()]
     assert source["tokens"] == source["trained_tokens"] + source["context_tokens"] + sum(
         x["tokens"] for x in lost
     )
     renderer = Renderer(load_tokenizer(f"{shared}/real/models/stories260k"))
-    whole = prepare([Source(path)], renderer, max_length=None, overlong="drop")
+    whole = prepare([Source(path, limit=ROWS)], renderer, max_length=None, overlong="drop")
     assert source["tokens"] == sum(len(example) for example in whole.examples)
     assert ledger["train"]["examples"] + ledger["val"]["examples"] == source["examples"]
     kept = ledger["train"]["tokens"] + ledger["val"]["tokens"]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch import Trainer
 
 from lightning_sft import SFTError, SFTModule
 from lightning_sft.training.models import context_length, load_model, load_tokenizer
@@ -99,7 +99,9 @@ def test_weights_are_loaded_as_asked_and_in_training_mode(dtype, model_folder):
 )
 def test_the_trainers_precision_decides_the_type_of_the_weights(precision, dtype, model_folder):
     module = SFTModule(base=str(model_folder("llama")))
-    module._trainer = SimpleNamespace(precision=precision, strategy=SingleDeviceStrategy(torch.device("cpu")))
+    module._trainer = Trainer(
+        accelerator="cpu", precision=precision, logger=False, enable_checkpointing=False
+    )
     module.configure_model()
     assert {parameter.dtype for parameter in module.model.parameters()} == {dtype}
 
