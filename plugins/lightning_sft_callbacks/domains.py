@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeGuard
@@ -150,10 +151,17 @@ class Loaded:
         for example in self.texts:
             found.update(example.input_ids.tobytes())
         for item in self.items:
-            found.update(json.dumps([item.key, item.target, item.data], default=repr).encode())
+            found.update(json.dumps([item.key, item.target, item.data], default=_told).encode())
         if (judge := self.domain.evaluator) is not None:
-            found.update(f"{type(judge).__qualname__} {json.dumps(vars(judge), default=repr)}".encode())
+            found.update(f"{type(judge).__qualname__} {json.dumps(vars(judge), default=_told)}".encode())
         return found.hexdigest()[:16]
+
+
+def _told(value: object) -> object:
+    """What JSON has no type for, the same in each process: without addresses, and sets in an order."""
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def check(domain: Domain) -> None:

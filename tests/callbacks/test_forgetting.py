@@ -582,3 +582,17 @@ def test_a_bad_question_is_named(row, says, files, model_folder, tmp_path):
 def test_stopping_needs_a_probe(files, model_folder, tmp_path):
     with pytest.raises(SFTError, match="no ForgettingProbe"):
         train(model_folder("llama"), files, tmp_path / "run", RetentionStopping())
+
+
+def test_a_domain_of_an_evaluator_is_the_same_one_in_another_process():
+    from lightning_sft_callbacks.domains import load
+    from lightning_sft_evaluators.multiple_choice import MultipleChoice
+
+    def digest(**options) -> str:
+        given = {"path": "tiny:facts", "prompt": "{{ question }}", "choices": "choices", "answer": "answer"}
+        return load(Domain(name="facts", evaluator=MultipleChoice(**given | options), limit=4), None).digest
+
+    kept = MultipleChoice("tiny:facts", "{{ question }}", "choices", "answer")  # so that addresses differ
+    assert digest() == digest()
+    assert len({digest(), digest(prompt="Q: {{ question }}"), digest(metrics=["acc"])}) == 3
+    del kept
