@@ -42,7 +42,7 @@ def _card(model: Path, run: Path, license: str) -> Iterator[str]:
         "tags": ["lightning-sft", "sft", *(["lora"] if is_adapter else [])],
         "license": license,
     }
-    on_hub = "/" in base and not Path(base).exists()
+    on_hub = "/" in base and not Path(base).is_absolute() and not Path(base).exists()
     if on_hub:
         front["base_model"] = base
         front["base_model_relation"] = "adapter" if is_adapter else "finetune"

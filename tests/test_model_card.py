@@ -54,6 +54,16 @@ def test_what_was_not_forgotten_and_the_hubs_base_are_in_it(run):
     assert "| retention, facts | 0.700 |" in text
 
 
+def test_a_base_that_was_moved_is_not_taken_for_the_hubs(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["base"] = "/home/somebody/models/base"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    model_card.write(run / "model", run)
+    front, text = parts(run / "model")
+    assert "base_model" not in front
+    assert "somebody" not in text
+
+
 def test_a_merged_model_has_a_card_of_its_own_and_files_of_the_size_asked_for(run):
     export(str(run), merge=True, license="mit", max_shard_size="20KB")
     front, _ = parts(run / "merged")
