@@ -15,6 +15,7 @@ from lightning_sft import (
     Scorer,
     SFTError,
 )
+from lightning_sft.evaluation.sharing import Row, Target
 
 FAMILIES = ["llama", "gpt2", "gemma2", "gemma3", "mistral", "cohere", "falcon", "bloom", "mamba"]
 SHOTS = "the user asks and the assistant answers: " * 6
@@ -86,6 +87,34 @@ def test_what_is_shared_depends_on_the_model(load, family):
     shares = {"llama", "gpt2", "cohere", "falcon"}
     assert forward.shares == (family in shares)
     assert forward.branches == (family in shares)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_mlp_is_computed_where_something_is_read(load, family, monkeypatch):
+    model, tokenizer = load(family)
+    forward = Scorer(model, tokenizer, context_length=CONTEXT)._forward
+    assert (forward._mlp is None) == (family in {"bloom", "mamba"})  # bloom's adds the residual itself
+    if forward._mlp is None:
+        return
+    seen, call = [], forward._mlp.forward
+    monkeypatch.setattr(forward._mlp, "forward", lambda x: seen.append(tuple(x.shape[:2])) or call(x))
+    rows = [
+        Row(ids, len(ids), targets=[Target(len(ids) - 1, token, token) for token in (3, 4)])
+        for ids in (tuple(range(5, 25)), tuple(range(7, 16)))
+    ]
+    with torch.no_grad():
+        found = forward.hidden(rows)
+        monkeypatch.setattr(forward, "_mlp", None)
+        torch.testing.assert_close(found, forward.hidden(rows), rtol=1e-5, atol=1e-5)
+    assert seen == [(1, 2), (2, 20)]
+
+
+def test_an_mlp_that_looks_at_other_positions_is_computed_whole(load, monkeypatch):
+    model, tokenizer = load("llama")
+    mlp = model.model.layers[-1].mlp
+    call = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda x: call(x + x.cumsum(1)))
+    assert Scorer(model, tokenizer)._forward._mlp is None
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
