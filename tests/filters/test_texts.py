@@ -22,7 +22,9 @@ from lightning_sft_filters.repetition import (
 
 def said(*answers: str) -> Conversation:
     return Conversation(
-        tuple(m for text in answers for m in (Message("user", "As an AI, TODO?"), Message("assistant", text)))
+        tuple(
+            m for text in answers for m in (Message("user", "As an AI, later?"), Message("assistant", text))
+        )
     )
 
 
@@ -32,7 +34,7 @@ def test_a_pattern_drops_what_it_finds_and_says_what_that_is():
     assert pattern.judge(said("x")) == Verdict("'^x$' is in it", detail="x")
     assert pattern.judge(said("Done.", "todo")).keep
     assert not Pattern(drop=["TO-?DO"], ignore_case=True).judge(said("todo")).keep
-    assert not Pattern(drop=["TODO"], roles=["user"]).judge(said("Done.")).keep
+    assert not Pattern(drop=["later"], roles=["user"]).judge(said("Done.")).keep
     assert not Pattern(drop=["a"], roles=["user"]).judge(Segments((("a", 0.0), ("b", 1.0)))).keep
     assert Pattern(drop=["a"]).judge(Segments((("a", 0.0), ("b", 1.0)))).keep
 
@@ -41,7 +43,7 @@ def test_every_required_pattern_has_to_be_in_some_message():
     pattern = Pattern(require=["a", "b"])
     assert pattern.judge(said("a", "b")).keep
     assert pattern.judge(said("a", "c")) == Verdict("'b' isn't in it")
-    assert not Pattern(require=["TODO"]).judge(said("Done.")).keep  # only the user says it
+    assert not Pattern(require=["later"]).judge(said("Done.")).keep  # only the user says it
     assert Pattern(require=["DONE"], ignore_case=True).judge(said("Done.")).keep
 
 
