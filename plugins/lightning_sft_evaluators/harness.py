@@ -16,6 +16,8 @@ from lightning_sft import (
     Conversed,
     Evaluator,
     Item,
+    Likelihood,
+    LogLikelihood,
     Record,
     Results,
     Score,
@@ -204,6 +206,24 @@ def _records(
             if isinstance(row[metric], int | float)
         }
         (first, *_) = rows
-        record = Record.of(each, str(first["filtered_resps"][0]), metrics)
+        record = Record.of(each, _answer(each, first), metrics)
         records.append(replace(record, target=str(first["target"])))
     return records
+
+
+def _answer(answered: Answered, row: Mapping[str, Any]) -> str:
+    """What was written, or the likeliest choice: its text, or its number where only the contexts differ.
+
+    A continuation that stands alone is the answer where it is what greedy decoding writes, else nothing is.
+    """
+    asked, (response, *others) = answered.item.requests, answered.responses
+    if not isinstance(response, Likelihood):
+        return str(row["filtered_resps"][0])
+    texts = [each.continuation for each in asked if isinstance(each, LogLikelihood)]
+    if not others:
+        return "".join(texts).strip() if response.greedy else ""
+    names = texts if len(set(texts)) > 1 else [str(number) for number in range(len(texts))]
+    choices: dict[str, float] = {}
+    for name, log_likelihood in zip(names, answered.log_likelihoods, strict=True):
+        choices.setdefault(name, log_likelihood)  # what is asked a second time is asked without the question
+    return max(choices, key=lambda name: choices[name]).strip()

@@ -12,8 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from lightning_sft import Scorer, SFTError, SFTModule
-from lightning_sft_evaluators.harness import LMEvalHarness
+from lightning_sft import (
+    Answered,
+    Item,
+    Likelihood,
+    LogLikelihood,
+    RollingLogLikelihood,
+    Scorer,
+    SFTError,
+    SFTModule,
+)
+from lightning_sft_evaluators.harness import LMEvalHarness, _answer
 
 ROOT = Path(__file__).parents[2]
 needs_harness = pytest.mark.skipif(
@@ -123,6 +132,12 @@ def test_its_figures_are_those_of_the_harness_with_its_own_model(tasks, scorer, 
         if task != "our_rolling":
             metric = "acc" if task == "our_choice" else "exact_match"
             assert [each.metrics[metric] for each in ours] == [row[metric] for row in rows]
+        if task == "our_choice":
+            options = ["hello", "the user", "how"]
+            right = [each.answer == options[int(each.target)] for each in ours]
+            assert right == [row["acc"] == 1 for row in rows]
+        elif task == "our_writing":
+            assert [each.answer for each in ours] == [row["filtered_resps"][0] for row in rows]
 
 
 @needs_harness
@@ -236,3 +251,43 @@ def test_the_tests_above_pass_where_the_harness_is_installed_beside(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+def answered(*asked):
+    item = Item("task", 0, tuple(request for request, _ in asked))
+    return Answered(item, tuple(response for _, response in asked))
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer"),
+    [
+        (
+            [
+                (LogLikelihood("who?", " Ada"), Likelihood(-3.0, 1, False)),
+                (LogLikelihood("who?", " Bo"), Likelihood(-2.0, 1, True)),
+            ],
+            "Bo",
+        ),
+        (  # where the answer without the question is asked, too
+            [
+                (LogLikelihood("who?", " Ada"), Likelihood(-2.0, 1, False)),
+                (LogLikelihood("who?", " Bo"), Likelihood(-3.0, 1, False)),
+                (LogLikelihood("", " Ada"), Likelihood(-5.0, 1, False)),
+                (LogLikelihood("", " Bo"), Likelihood(-1.0, 1, False)),
+            ],
+            "Ada",
+        ),
+        (  # where the choices are in the context
+            [
+                (LogLikelihood("Ada ran", " home"), Likelihood(-3.0, 1, False)),
+                (LogLikelihood("Bo ran", " home"), Likelihood(-2.0, 1, False)),
+            ],
+            "1",
+        ),
+        ([(LogLikelihood("the last", " word"), Likelihood(-3.0, 1, True))], "word"),
+        ([(LogLikelihood("the last", " word"), Likelihood(-3.0, 1, False))], ""),
+        ([(RollingLogLikelihood("a text"), Likelihood(-3.0, 1, False))], ""),
+    ],
+)  # fmt: skip
+def test_the_answer_is_the_likeliest_choice(asked, answer):
+    assert _answer(answered(*asked), {"filtered_resps": [(-3.0, False)]}) == answer
