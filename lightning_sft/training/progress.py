@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _SHORT = {"train/loss": "loss", "train/tokens_per_second": "tok/s"}
 _SECONDS_BETWEEN_DRAWINGS = 0.1
+_BAR = 14  # characters
 
 
 class Progress(RichProgressBar):
@@ -34,12 +35,12 @@ class Progress(RichProgressBar):
         self._started = 0.0
         self._first_step = 0
         self._total_steps = 0
-        self._shown: dict[str, Any] = {}
+        self._shown: dict[str, str] = {}
         self._drawn = 0.0
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         """Epoch, bar, batches, time; the numbers come behind them."""
-        return [TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn()]
+        return [TextColumn("{task.description}"), BarColumn(_BAR), MofNCompleteColumn(), TimeElapsedColumn()]
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Show what the run starts from, and start the clock."""
@@ -62,10 +63,17 @@ class Progress(RichProgressBar):
             print(f"step {trainer.global_step}/{self._total_steps or '?'}  {values}", flush=True)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What stands beside the bar; between logged steps there is nothing new, and a device isn't asked."""
+        """What stands beside the bar; between logged steps there is nothing new, and a device isn't asked.
+
+        What has no room on the terminal's line is only in the logs.
+        """
         if trainer.training and self._shown and not _was_logged(trainer):
             return self._shown
-        metrics = self._shown = {}
+        metrics: dict[str, str] = {}
+        done, total = trainer.global_step - self._first_step, self._total_steps
+        if trainer.training and done > 0 and total:
+            seconds = (time.monotonic() - self._started) / done * (total - trainer.global_step)
+            metrics["left"] = str(timedelta(seconds=round(max(0.0, seconds))))
         values = super().get_metrics(trainer, pl_module)
         values |= {
             name: float(trainer.callback_metrics[name]) for name in _SHORT if name in trainer.callback_metrics
@@ -77,10 +85,10 @@ class Progress(RichProgressBar):
                 metrics[_SHORT.get(name, name)] = (
                     f"{value:,.0f}" if name.endswith("second") else f"{value:.3f}"
                 )
-        done, total = trainer.global_step - self._first_step, self._total_steps
-        if trainer.training and done > 0 and total:
-            seconds = (time.monotonic() - self._started) / done * (total - trainer.global_step)
-            metrics["left"] = str(timedelta(seconds=round(max(0.0, seconds))))
+        if not self._plain:
+            taken = f"Epoch 10/10  {'-' * _BAR} {trainer.num_training_batches}/{trainer.num_training_batches} 0:00:00 "
+            metrics = _that_fit(metrics, Console().width - len(taken))
+        self._shown = metrics
         return metrics
 
     def refresh(self, hard: bool = False) -> None:
@@ -88,6 +96,17 @@ class Progress(RichProgressBar):
         if hard or time.monotonic() - self._drawn >= _SECONDS_BETWEEN_DRAWINGS:
             super().refresh(hard)
             self._drawn = time.monotonic()
+
+
+def _that_fit(metrics: dict[str, str], width: int) -> dict[str, str]:
+    """The first of them, as many as `name: value name: value` has room for in so many characters."""
+    fitting = {}
+    for name, value in metrics.items():
+        width -= len(f"{name}: {value} ")
+        if width < -1:  # the last needs no space behind it
+            break
+        fitting[name] = value
+    return fitting
 
 
 def _was_logged(trainer: Trainer) -> bool:
