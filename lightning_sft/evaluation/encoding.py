@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_sft.conversation import Conversation
@@ -22,16 +23,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Ids = tuple[int, ...]
+
+_AT_ONCE = 256  # texts; what the tokenizer tells of each is many times as large as its ids
+
+
 class Scored(NamedTuple):
-    """Token ids whose last `targets` are scored; at most one more than the model's context.
+    """Token ids of which the last ones are scored; all together at most one more than the model's context.
 
     Args:
-        ids: Context and targets.
-        targets: How many at the end are scored; fewer than `ids`.
+        trunk: What comes before, at least one. Requests with the same context have the same object.
+        tail: The scored ones.
     """
 
-    ids: tuple[int, ...]
-    targets: int
+    trunk: Ids
+    tail: Ids
 
 
 class RequestEncoder:
@@ -95,18 +101,16 @@ class RequestEncoder:
         pairs = [_split(contexts[id(each.context)], each.continuation) for each in requests]
         encoded = self._encode_pairs(pairs)
         bare = self._encode({pair[1] for pair in pairs if not pair[0]}, add_special_tokens=False)
+        start: Ids = (self.prefix_id,)
         scored = []
         for request, (context, continuation) in zip(requests, pairs, strict=True):
             if not context:
-                ids = bare[continuation]
-                before = () if ids[:1] == (self.prefix_id,) else (self.prefix_id,)
-                ids = before + ids
-                targets = len(ids) - 1
+                tail = bare[continuation]
+                trunk, tail = start, tail[tail[:1] == start :]
             else:
-                ids, targets = encoded[context, continuation]
-                if targets == len(ids):  # a context that makes no tokens
-                    ids = (self.prefix_id, *ids)
-            if not request.continuation or targets < 1:
+                trunk, tail = encoded[context, continuation]
+                trunk = trunk or start  # a context that makes no tokens
+            if not request.continuation or not tail:
                 raise SFTError(
                     "the continuation is empty"
                     if not request.continuation
@@ -114,19 +118,17 @@ class RequestEncoder:
                     where=f"context ending in {context[-40:]!r}",
                     fix="give a continuation that the tokenizer doesn't merge into the context",
                 )
-            if targets > self.context_length:
+            if len(tail) > self.context_length:
                 raise SFTError(
-                    f"the continuation has {targets} tokens, the model's context is {self.context_length}",
+                    f"the continuation has {len(tail)} tokens, the model's context is {self.context_length}",
                     where=f"continuation {request.continuation[:40]!r}…",
                     fix="shorten it, or ask for its RollingLogLikelihood",
                 )
-            scored.append(Scored(ids[-(self.context_length + 1) :], targets))
+            scored.append(Scored(trunk[-(self.context_length + 1 - len(tail)) :], tail))
         return scored
 
-    def _encode_pairs(
-        self, pairs: Sequence[tuple[str, str]]
-    ) -> dict[tuple[str, str], tuple[tuple[int, ...], int]]:
-        """Of each context that isn't empty, with its continuation: the ids, and how many of them are scored."""
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[Ids, Ids]]:
+        """Of each context that isn't empty, with its continuation: the ids of both."""
         places = {context: cut(context) if self._can_cut else 0 for context in {pair[0] for pair in pairs}}
         heads = self._encode({context[:place] for context, place in places.items() if place})
         found, todo = {}, list(dict.fromkeys(pair for pair in pairs if pair[0]))
@@ -139,7 +141,7 @@ class RequestEncoder:
             for text in (context[place:], context[place:] + continuation)
         }
         ends = self._encode(tails, add_special_tokens=False)
-        trunks: dict[str, tuple[int, ...]] = {}
+        trunks: dict[str, Ids] = {}
         for context, continuation in todo:
             if place := places[context]:
                 tail = context[place:]
@@ -149,8 +151,7 @@ class RequestEncoder:
             else:
                 trunks[context] = before = encoded[context]
                 after = encoded[context + continuation]
-            own = after[len(before) :]
-            found[context, continuation] = trunks[context] + own, len(own)
+            found[context, continuation] = trunks[context], after[len(before) :]
         return found
 
     def windows(self, requests: Sequence[RollingLogLikelihood]) -> list[list[Scored]]:
@@ -158,15 +159,15 @@ class RequestEncoder:
         encoded = self._encode({each.text for each in requests})
         return [list(self._windows(encoded[each.text])) for each in requests]
 
-    def _windows(self, ids: tuple[int, ...]) -> Iterable[Scored]:
+    def _windows(self, ids: Ids) -> Iterable[Scored]:
         size = self.context_length
         if ids:
-            yield Scored((self.prefix_id, *ids[:size]), min(size, len(ids)))
+            yield Scored((self.prefix_id,), ids[:size])
         for start in range(size, len(ids), size):
             end = min(start + size, len(ids))
-            yield Scored(ids[end - size - 1 : end], end - start)
+            yield Scored(ids[end - size - 1 : start], ids[start:end])
 
-    def prompts(self, requests: Sequence[Generate]) -> list[tuple[int, ...]]:
+    def prompts(self, requests: Sequence[Generate]) -> list[Ids]:
         """The ids of each prompt, without what doesn't fit before `max_new_tokens` more.
 
         Raises:
@@ -186,24 +187,32 @@ class RequestEncoder:
             found.append(encoded[text][-room:] or (self.prefix_id,))
         return found
 
-    def _encode(self, texts: Iterable[str], add_special_tokens: bool = True) -> dict[str, tuple[int, ...]]:
+    def _encode(self, texts: Iterable[str], add_special_tokens: bool = True) -> dict[str, Ids]:
         """The ids of each text; a text that begins with BOS as text gets no other."""
-        found: dict[str, tuple[int, ...]] = {}
         groups: dict[bool, list[str]] = {}
         for text in texts:
             special = add_special_tokens and not text.startswith(self._prefix_text)
             groups.setdefault(special, []).append(text)
+        found: dict[str, Ids] = {}
+        one: dict[int, int] = {}  # an object for each id, not for each token
         for special, group in groups.items():
-            if self.tokenizer.is_fast:
-                backend = self.tokenizer.backend_tokenizer
-                backend.no_truncation()
-                backend.no_padding()
-                encodings = backend.encode_batch_fast(group, add_special_tokens=special)
-                found.update((text, tuple(each.ids)) for text, each in zip(group, encodings, strict=True))
-            else:
-                ids = self.tokenizer(group, add_special_tokens=special)["input_ids"]
-                found.update((text, tuple(each)) for text, each in zip(group, ids, strict=True))
+            left = iter(group)
+            while some := list(islice(left, _AT_ONCE)):
+                ids = self._ids(some, special)
+                found.update(
+                    (text, tuple(map(one.setdefault, i, i))) for text, i in zip(some, ids, strict=True)
+                )
         return found
+
+    def _ids(self, texts: list[str], add_special_tokens: bool) -> Iterable[list[int]]:
+        if not self.tokenizer.is_fast:
+            ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
+            return ids
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return (each.ids for each in encodings)
 
 
 def _split(context: str, continuation: str) -> tuple[str, str]:

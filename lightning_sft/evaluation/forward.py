@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 _TRIAL = [
-    Scored((*range(7), 3, 5), 2),
-    Scored((*range(7), 3, 6, 1), 3),
-    Scored((*range(7), 4, 2, 2), 3),
-    Scored((*range(7), 4), 1),
-    Scored((*range(5), 9, 8, 1, 5, 3), 2),
+    Scored(tuple(range(7)), (3, 5)),
+    Scored(tuple(range(7)), (3, 6, 1)),
+    Scored(tuple(range(7)), (4, 2, 2)),
+    Scored(tuple(range(7)), (4,)),
+    Scored((*range(5), 9, 8, 1), (5, 3)),
 ]
 _LOGITS_AT_ONCE = 1 << 23
 
@@ -173,7 +173,8 @@ class Forward:
         found = getattr(blocks[-1], "mlp", None) if blocks else None
         if not isinstance(found, nn.Module) or getattr(blocks[-1], "_compiled_call_impl", None) is not None:
             return None
-        rows = [Row(each.ids, len(each.ids), targets=[Target(len(each.ids) - 1, 0, 0)]) for each in _TRIAL]
+        trial = [each.trunk + each.tail for each in _TRIAL]
+        rows = [Row(ids, len(ids), targets=[Target(len(ids) - 1, 0, 0)]) for ids in trial]
         try:
             expected = self.hidden(rows)
             self._mlp = found
@@ -203,7 +204,7 @@ class Forward:
             for owner, scored in enumerate(_TRIAL):
                 (row,) = rows_of([scored], branching=False)
                 alone[owner] = self.hidden([row])
-            shared = _TRIAL[0].ids[:4]
+            shared = _TRIAL[0].trunk[:4]
             rows = rows_of(_TRIAL, branching=branching)
             found = self.hidden(rows, self.beginning(shared))
         except Exception:  # whatever an unusual model does: rows alone are exact for all

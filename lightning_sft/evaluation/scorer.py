@@ -164,7 +164,7 @@ class Scorer:
         owners = [part for part, (_, size) in enumerate(parts) for _ in range(size)]
         missing = [0] * len(parts)
         for each, owner in zip(scored, owners, strict=True):
-            missing[owner] += each.targets
+            missing[owner] += len(each.tail)
         tokens = list(missing)
         sums, greedy = [0.0] * len(parts), [True] * len(parts)
         yield from ((number, Likelihood(0.0, 0, True)) for number, size in parts if not size)

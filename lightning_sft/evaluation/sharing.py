@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
-from lightning_sft.evaluation.encoding import Scored
-
-Ids = tuple[int, ...]
+from lightning_sft.evaluation.encoding import Ids, Scored
 
 COST_OF_SHARING = 64
 """How many tokens a group's own forward pass and smaller batches cost, about."""
@@ -70,9 +68,7 @@ def rows_of(requests: Sequence[Scored], *, branching: bool) -> list[Row]:
     """
     trunks: dict[Ids, dict[Ids, list[int]]] = {}
     for number, request in enumerate(requests):
-        start = len(request.ids) - request.targets
-        branches = trunks.setdefault(request.ids[:start], {})
-        branches.setdefault(request.ids[start:], []).append(number)
+        trunks.setdefault(request.trunk, {}).setdefault(request.tail, []).append(number)
     rows = [row for trunk, tails in trunks.items() for row in _rows(trunk, tails, branching)]
     return rows if branching else _without_beginnings(rows)
 

@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 from lightning_sft.evaluation.encoding import Scored
 from lightning_sft.evaluation.sharing import COST_OF_SHARING, Row, batches_of, groups_of, rows_of
 
-TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=6)
-REQUESTS = st.lists(
-    st.builds(lambda trunk, tail: Scored((*trunk, *tail), len(tail)), TOKENS, TOKENS), min_size=1, max_size=12
-)
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
+REQUESTS = st.lists(st.builds(Scored, TOKENS, TOKENS), min_size=1, max_size=12)
 
 
 def seen_at(row: Row, position: int) -> tuple[int, ...]:
@@ -32,25 +30,25 @@ def test_each_token_is_scored_once_after_exactly_what_comes_before_it(requests, 
         for target in row.targets:
             found[target.owner].append((*seen_at(row, target.position), target.token))
     for number, request in enumerate(requests):
-        ends = range(len(request.ids) - request.targets, len(request.ids))
-        assert found[number] == [request.ids[: end + 1] for end in ends]
+        ends = range(len(request.tail))
+        assert found[number] == [(*request.trunk, *request.tail[: end + 1]) for end in ends]
 
 
 def test_choices_of_one_token_need_the_context_only():
     context = (5, 6, 7)
-    (row,) = rows_of([Scored((*context, letter), 1) for letter in (1, 2, 3, 4)], branching=True)
+    (row,) = rows_of([Scored(context, (letter,)) for letter in (1, 2, 3, 4)], branching=True)
     assert row.ids == context
     assert [target.position for target in row.targets] == [2, 2, 2, 2]
 
 
 def test_equal_requests_are_computed_once():
-    rows = rows_of([Scored((1, 2, 3, 4), 2)] * 3, branching=True)
+    rows = rows_of([Scored((1, 2), (3, 4))] * 3, branching=True)
     assert [len(row) for row in rows] == [3]
     assert len(rows[0].targets) == 6
 
 
 def test_many_long_continuations_of_a_short_context_stay_in_rows_of_their_own():
-    rows = rows_of([Scored((0, *[n] * 200), 200) for n in range(5)], branching=True)
+    rows = rows_of([Scored((0,), (n,) * 200) for n in range(5)], branching=True)
     assert [len(row) for row in rows] == [200] * 5
 
 
