@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from lightning_sft.evaluation.encoding import Scored
 from lightning_sft.evaluation.sharing import Row, Target, rows_of
@@ -104,8 +106,6 @@ class Forward:
 
     def beginning(self, ids: Sequence[int]) -> Beginning:
         """The keys and values of these tokens."""
-        from transformers import DynamicCache
-
         cache = DynamicCache()
         row = torch.tensor([list(ids)], device=self.device)
         self.backbone(input_ids=row, past_key_values=cache, use_cache=True)
@@ -225,17 +225,25 @@ class Forward:
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
 
 
+class _SharedLayer(DynamicLayer):
+    """Keys and values that rows begin with. What comes behind them is not kept: nothing is asked after it."""
+
+    def __init__(self, keys: Tensor, values: Tensor, times: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys.expand(times, -1, -1, -1), values.expand(times, -1, -1, -1)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
 def _repeated(beginning: Beginning, times: int) -> Cache:
     """A cache in which each of so many rows begins alike; nothing is copied."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
     cache = DynamicCache()
-    for keys, values in zip(beginning.keys, beginning.values, strict=True):
-        layer = DynamicLayer()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys.expand(times, -1, -1, -1), values.expand(times, -1, -1, -1)
-        cache.layers.append(layer)
+    pairs = zip(beginning.keys, beginning.values, strict=True)
+    cache.layers = [_SharedLayer(keys, values, times) for keys, values in pairs]
     return cache
 
 

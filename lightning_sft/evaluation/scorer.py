@@ -54,7 +54,8 @@ class Scorer:
         renderer: Renders prompts that are messages; by default with the tokenizer's own chat template.
         context_length: How many tokens the model takes at once; by default what its configuration says.
         batch_tokens: Padded tokens of a batch; by default 512 on a CPU, which its caches like, else 16,384.
-            Answers are written in batches eight times as large.
+            Answers are written in batches eight times as large, with keys and values for at most 16 times as many
+            tokens (4 times on a GPU).
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Scorer:
         self.tokenizer = tokenizer
         on_cpu = next(model.parameters()).device.type == "cpu"
         self.batch_tokens = batch_tokens or (512 if on_cpu else 16_384)
+        self._cached_tokens = self.batch_tokens * (16 if on_cpu else 4)
         if context_length is None:
             context_length = context_length_of(model.config, tokenizer) or _UNKNOWN_CONTEXT
         self.encoder = RequestEncoder(tokenizer, context_length, renderer)
@@ -217,7 +219,7 @@ class Scorer:
                 groups = groups_of(alike, None if longest is None else max(0, longest - new))
             for group in groups:
                 beginning = None
-                for batch in batches_of(group, 8 * self.batch_tokens, new):
+                for batch in batches_of(group, 8 * self.batch_tokens, new, self._cached_tokens):
                     with self._asking():
                         if group.shared and beginning is None:
                             beginning = forward.beginning(batch[0].ids[: group.shared])

@@ -194,17 +194,29 @@ def _common(a: Row, b: Row) -> int:
     return low
 
 
-def batches_of(group: Group, batch_tokens: int, to_come: int = 0) -> Iterator[list[Row]]:
+def batches_of(
+    group: Group, batch_tokens: int, to_come: int = 0, cached_tokens: int | None = None
+) -> Iterator[list[Row]]:
     """The group's rows from long to short, so many at once that the padded tokens stay in the budget.
 
-    What is shared, and tokens that are to come one by one, count an eighth: they take memory and attention, but
-    no large matrix products.
+    What is shared, and tokens that are to come one by one, count an eighth: they take attention, but no large matrix
+    products.
+
+    Args:
+        group: The rows.
+        batch_tokens: The budget.
+        to_come: How many tokens will be written to each row.
+        cached_tokens: Where each row has keys and values of its own, also of what is shared: for how many tokens
+            in all; None: there is no such limit.
     """
     batch: list[Row] = []
     for row in sorted(group.rows, key=len, reverse=True):
         longest = len(batch[0]) if batch else len(row)
         cost = longest - group.shared + (group.shared + to_come) // 8
-        if batch and (len(batch) + 1) * cost > batch_tokens:
+        full = (len(batch) + 1) * cost > batch_tokens
+        if cached_tokens is not None:
+            full |= (len(batch) + 1) * (longest + to_come) > cached_tokens
+        if batch and full:
             yield batch
             batch = []
         batch.append(row)

@@ -71,6 +71,8 @@ def test_groups_and_batches_hold_every_row_once_with_its_beginning(shapes, budge
         for batch in batches:
             own = len(batch[0]) - group.shared + group.shared // 8
             assert len(batch) == 1 or len(batch) * own <= budget
+        for batch in batches_of(group, 8 * budget, 10, budget):
+            assert len(batch) == 1 or len(batch) * (len(batch[0]) + 10) <= budget
 
 
 def test_a_subjects_questions_share_their_shots_and_not_those_of_another_subject():
