@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,6 +113,14 @@ class Forward:
         return Beginning(
             [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], len(ids)
         )
+
+    @cached_property
+    def cache_bytes(self) -> int:
+        """What the keys and values of one token take; 1 where the model has none."""
+        if not self.has_cache:
+            return 1
+        found = self.beginning([0])
+        return sum(each.nbytes for each in (*found.keys, *found.values)) or 1
 
     def hidden(self, rows: Sequence[Row], beginning: Beginning | None = None) -> Tensor:
         """The last hidden states (or logits) at all targets of the rows, `[n, H]`; rows padded at the right.

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lightning_sft.training.module import SFTModule
 
 _UNKNOWN_CONTEXT = 2048  # lm-evaluation-harness's, too
+_CACHE_BYTES = 384 << 20
 
 
 class Scorer:
@@ -54,8 +55,8 @@ class Scorer:
         renderer: Renders prompts that are messages; by default with the tokenizer's own chat template.
         context_length: How many tokens the model takes at once; by default what its configuration says.
         batch_tokens: Padded tokens of a batch; by default 512 on a CPU, which its caches like, else 16,384.
-            Answers are written in batches eight times as large, with keys and values for at most 16 times as many
-            tokens (4 times on a GPU).
+            Answers are written in batches eight times as large, whose keys and values take at most 384 MiB, on a GPU
+            a quarter of what is free.
     """
 
     def __init__(
@@ -71,7 +72,6 @@ class Scorer:
         self.tokenizer = tokenizer
         on_cpu = next(model.parameters()).device.type == "cpu"
         self.batch_tokens = batch_tokens or (512 if on_cpu else 16_384)
-        self._cached_tokens = self.batch_tokens * (16 if on_cpu else 4)
         if context_length is None:
             context_length = context_length_of(model.config, tokenizer) or _UNKNOWN_CONTEXT
         self.encoder = RequestEncoder(tokenizer, context_length, renderer)
@@ -215,11 +215,11 @@ class Scorer:
             rows.setdefault(requests[same[0]].max_new_tokens, []).append(row)
         for new, alike in rows.items():
             with self._asking() as forward:
-                longest = forward.longest_sharing
+                longest, cached = forward.longest_sharing, _room(forward) // forward.cache_bytes
                 groups = groups_of(alike, None if longest is None else max(0, longest - new))
             for group in groups:
                 beginning = None
-                for batch in batches_of(group, 8 * self.batch_tokens, new, self._cached_tokens):
+                for batch in batches_of(group, 8 * self.batch_tokens, new, cached):
                     with self._asking():
                         if group.shared and beginning is None:
                             beginning = forward.beginning(batch[0].ids[: group.shared])
@@ -255,3 +255,10 @@ class Scorer:
         if self.encoder.has_chat or any(not isinstance(each.prompt, str) for each in requests):
             ids.update(self.encoder.renderer.stop_token_ids)
         return frozenset(ids - {None})
+
+
+def _room(forward: Forward) -> int:
+    """How many bytes the keys and values of one batch may take."""
+    if forward.device.type == "cuda":
+        return torch.cuda.mem_get_info(forward.device)[0] // 4
+    return _CACHE_BYTES

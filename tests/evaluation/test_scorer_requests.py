@@ -15,6 +15,8 @@ from lightning_sft import (
     Scorer,
     SFTError,
 )
+from lightning_sft.evaluation import scorer
+from lightning_sft.evaluation.generation import Writer
 from lightning_sft.evaluation.sharing import Row, Target
 
 FAMILIES = ["llama", "gpt2", "gemma2", "gemma3", "mistral", "cohere", "falcon", "bloom", "mamba"]
@@ -240,6 +242,28 @@ def test_each_answer_stops_by_itself(load):
         assert answer.text == written(model, tokenizer, tokenizer.encode(prompt), 12, (stop,))
         assert answer.text == full.split(stop)[0]
     assert found[0].tokens < 12
+
+
+def test_keys_and_values_of_answers_keep_to_their_room(load, monkeypatch):
+    model, tokenizer = load("llama")
+    config = model.config
+    token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    requests = [
+        Generate(f"{SHOTS}{word}", max_new_tokens=9) for word in ("hello", "there", "how", "are", "you")
+    ]
+    longest = max(len(tokenizer.encode(each.prompt)) for each in requests)
+    expected = Scorer(model, tokenizer).run(requests)
+    taken = []
+    make = Writer._cache
+    monkeypatch.setattr(
+        Writer,
+        "_cache",
+        lambda self, rows, room, *rest: taken.append((rows, room)) or make(self, rows, room, *rest),
+    )
+    monkeypatch.setattr(scorer, "_CACHE_BYTES", 2 * (longest + 9) * token)
+    assert Scorer(model, tokenizer).run(requests) == expected
+    assert [rows for rows, _ in taken] == [2, 2, 1]
+    assert all(room <= longest + 9 for _, room in taken)
 
 
 def test_no_room_for_a_prompt_is_refused(load):
