@@ -156,7 +156,10 @@ def test_pro_and_redux_by_options(tmp_path):
         ({"question": "q", "choices": ["a"] * 4, "answer": 4}, "row 2: the answer 4 is out of range"),
         ({"question": "q", "choices": ["a"] * 4, "answer": "E"}, "row 2: the answer 'E' is out of range"),
         ({"question": "q", "choices": ["a"] * 4, "answer": "none"}, "row 2: the answer is 'none'"),
+        ({"question": "q", "choices": ["a"] * 4, "answer": "²"}, "row 2: the answer is '²'"),
         ({"question": "q", "choices": ["a"] * 4}, "row 2: no column answer"),
+        ({"question": "q", "choices": ["a", "b", None, "d"], "answer": 0}, "row 2: C is null"),
+        ({"question": None, "choices": ["a"] * 4, "answer": 0}, "row 2: question is null"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, row, message):
@@ -166,6 +169,13 @@ def test_a_bad_row_is_named(tmp_path, row, message):
     with pytest.raises(SFTError, match=message) as error:
         MMLU(str(path), shots=0).requests()
     assert str(path) in str(error.value)
+
+
+def test_a_file_without_rows_is_named(tmp_path):
+    path = tmp_path / "test.csv"
+    path.write_text("")
+    with pytest.raises(SFTError, match=r"test.csv: there are no test questions in it"):
+        MMLU(str(path), shots=0).requests()
 
 
 def test_missing_data_names_the_file_and_how_to_get_it(tmp_path):
