@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,19 +12,16 @@ RESULTS, ITEMS, EARLIER = "results.json", "evaluation", "earlier"
 
 def as_json(value: object, indent: int | None = None) -> str:
     """The value as JSON, which has no word for NaN and infinity: they are null. What it has no type for is text."""
-    return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    plain = json.loads(json.dumps(value, default=_in_json), parse_constant=lambda name: None)
+    return json.dumps(plain, indent=indent, ensure_ascii=False)
 
 
-def _plain(value: object) -> object:
+def _in_json(value: object) -> object:
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if not isinstance(value, str | int | float | bool | None) and getattr(value, "ndim", None) == 0:
-        value = value.item()  # type: ignore[attr-defined]  # a number of NumPy or PyTorch
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value if isinstance(value, str | int | None) else str(value)
+        return dict(value)
+    if getattr(value, "ndim", None) == 0:  # a number of NumPy or PyTorch
+        return value.item()  # type: ignore[attr-defined]
+    return str(value)
 
 
 def write_evaluation(folder: Path, results: Mapping[str, object], records: Mapping[str, str]) -> Path | None:
