@@ -113,6 +113,13 @@ def test_styles(tmp_path):
     likelihoods = [Likelihood(value, 1, False) for value in (-2.0, -9.0, -1.9, -3.0)]
     (record,) = continuation.score([Answered(item, tuple(likelihoods))]).records
     assert record.metrics == {"acc": 0.0, "acc_norm": 0.0}  # c is likelier; per character it is "no, really"
+    row = {"question": "q", "choices": ["a", "bbb", "c", "d"], "answer": 1, "subject": "go"}
+    (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
+    for chat in (False, True):  # without a chat there is a space before each choice, which doesn't count
+        asker = MMLU(str(tmp_path / "one.jsonl"), shots=0, style="continuation", chat=chat)
+        responses = tuple(Likelihood(value, 1, False) for value in (-1.0, -2.5, -9.0, -9.0))
+        (record,) = asker.score([Answered(asker.requests()[0], responses)]).records
+        assert record.metrics == {"acc": 0.0, "acc_norm": 1.0}
     generative = MMLU(path, shots=0, style="generative", limit=1)
     (record,) = generative.score([Answered(generative.requests()[0], (Generated(" a.", 3),))]).records
     assert record.metrics == {"acc": 1.0}
@@ -239,7 +246,7 @@ def test_perplexity_names_the_row_without_text(tmp_path):
 
 
 def test_perplexity_weighs_texts_by_their_size(tmp_path):
-    (tmp_path / "t.jsonl").write_text('{"text": "a b"}\n{"text": "c"}\n')
+    (tmp_path / "t.jsonl").write_text('{"text": "a b"}\n{"text": "ç"}\n', encoding="utf-8")
     perplexity = Perplexity(str(tmp_path / "t.jsonl"))
     first, second = perplexity.requests()
     answered = [
@@ -249,7 +256,7 @@ def test_perplexity_weighs_texts_by_their_size(tmp_path):
     scores = {score.metric: score.value for score in perplexity.score(answered).scores}
     from math import exp, log
 
-    assert scores["bits_per_byte"] == pytest.approx(8 / 4 / log(2))
-    assert scores["byte_perplexity"] == pytest.approx(exp(8 / 4))
+    assert scores["bits_per_byte"] == pytest.approx(8 / 5 / log(2))
+    assert scores["byte_perplexity"] == pytest.approx(exp(8 / 5))
     assert scores["word_perplexity"] == pytest.approx(exp(8 / 3))
     assert scores["token_perplexity"] == pytest.approx(exp(8 / 3))
