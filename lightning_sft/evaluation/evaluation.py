@@ -30,6 +30,7 @@ from lightning_sft.training.fingerprint import weights_digest
 from lightning_sft.training.fsdp2 import FSDP2Strategy, is_sharded
 from lightning_sft.training.layout import causal_lm
 from lightning_sft.training.models import load_model, load_trained
+from lightning_sft.training.shards import local
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,6 +106,7 @@ class Evaluation:
             if not names:
                 continue
             with self._base_of(module) if part == BASE else _itself(module) as model:
+                _refuse_bad_weights(model, part)
                 scorer = Scorer(model, module.tokenizer, module.renderer, batch_tokens=self.batch_tokens)
                 identity = _identity(scorer, str(module.trainer.precision))
                 for name in names:
@@ -222,6 +224,18 @@ def _items(name: str, evaluator: Evaluator) -> Sequence[Item]:
     if not items:
         raise SFTError("it asks nothing", where=f"evaluators: {name}", fix="check its data and limits")
     return items
+
+
+def _refuse_bad_weights(model: nn.Module, part: str) -> None:
+    """What such a model writes would be judged like any answer."""
+    for name, parameter in model.named_parameters():
+        values = local(parameter)
+        if values.is_floating_point() and values.element_size() > 1 and not values.isfinite().all():
+            raise SFTError(
+                f"{name} has values that are NaN or infinite",
+                where=f"the {part}",
+                fix="evaluate another checkpoint, or look for the step in metrics.csv where the loss went wrong",
+            )
 
 
 def _refuse_nan(answered: Sequence[Answered], what: str) -> None:

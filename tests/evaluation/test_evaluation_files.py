@@ -7,10 +7,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from lightning_sft import Item, Likelihood, LogLikelihood, Record, Results, Score, SFTError
 from lightning_sft.evaluation import files
-from lightning_sft.evaluation.evaluation import Found, _refuse_nan
+from lightning_sft.evaluation.evaluation import Found, _refuse_bad_weights, _refuse_nan
 from lightning_sft.evaluation.files import as_json, write_evaluation
 from lightning_sft.evaluation.paired import differences
 from lightning_sft.evaluation.requests import Answered
@@ -125,7 +126,12 @@ def test_a_metric_that_is_no_number_is_told(tmp_path, capsys):
     assert "Sums: m is no finite number for 2 items" in out
 
 
-def test_log_likelihoods_that_are_nan_are_refused():
+def test_weights_and_log_likelihoods_that_are_nan_are_refused():
+    model = torch.nn.Linear(2, 2)
+    _refuse_bad_weights(model, "base")
+    model.bias.data[1] = math.inf
+    with pytest.raises(SFTError, match="the base: bias has values that are NaN or infinite"):
+        _refuse_bad_weights(model, "base")
     item = Item("sums", 7, (LogLikelihood("a", "b"), LogLikelihood("a", "c")))
     fine = Answered(item, (Likelihood(-math.inf, 1, True), Likelihood(-1.0, 1, True)))
     _refuse_nan([fine], "Sums")
