@@ -219,6 +219,9 @@ def test_bbh_prompts(tmp_path):
         "Find the way.\n\nQ: 0?\nA: Let's think step by step.\nIt is 0. So the answer is 0.\n\n"
         "Q: 7?\nA: Let's think step by step.\n"
     )
+    assert first.requests[0].stop == ("</s>", "Q", "\n\n")
+    (first, _) = BBH(path, tasks=["navigate"], shots=0).requests()
+    assert first.requests[0].stop == ("</s>", "Q:", "<|im_end|>")
     (first, _) = BBH(path, tasks=["navigate"], shots=2, cot=False).requests()
     assert first.requests[0].prompt == "Find the way.\n\nQ: 0?\nA: 0\n\nQ: 1?\nA: 1\n\nQ: 7?\nA:"
 

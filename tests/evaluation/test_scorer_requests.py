@@ -16,7 +16,7 @@ from lightning_sft import (
     SFTError,
 )
 from lightning_sft.evaluation.forward import Forward
-from lightning_sft.evaluation.generation import Writer
+from lightning_sft.evaluation.generation import Writer, _chosen
 from lightning_sft.evaluation.sharing import Row, Target
 
 FAMILIES = ["llama", "gpt2", "gemma2", "gemma3", "mistral", "cohere", "falcon", "bloom", "mamba"]
@@ -334,3 +334,13 @@ def test_an_answer_ends_before_the_first_stop_text_also_where_one_token_holds_tw
         answer = writer._begun(0, Generate("a", stops), (1,))
         answer.ids += ids
         assert writer._finished(answer).text == text
+
+
+@pytest.mark.parametrize("heat", [0.5, 2.0])
+def test_tokens_are_drawn_by_their_probabilities_at_a_temperature(load, heat):
+    model, tokenizer = load("llama")
+    request, logits = Generate("a", temperature=heat), torch.tensor([[2.0, 0.0, 1.0, -1.0]])
+    answer = Writer(Forward(model), tokenizer, frozenset())._begun(0, request, (1,))
+    drawn = torch.tensor([_chosen(logits, [answer], [request])[0] for _ in range(4000)])
+    shares = drawn.bincount(minlength=4) / 4000
+    torch.testing.assert_close(shares, (logits[0] / heat).softmax(0), rtol=0, atol=0.03)
