@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import re
 import sys
@@ -33,7 +34,7 @@ _UNKNOWN_INIT_ARG = re.compile(
     r"(?:Option '(\w+)' is not accepted|.*?[Kk]ey '(?:init_args\.)?(\w+)' is not expected)"
 )
 _OPTION_OF_CLASS = re.compile(
-    r"\n *- Problem with given class_path '[\w.]+':\n( +)Parser key \"(\w+)\":(.*)", re.DOTALL
+    r"\n *(?:- )?Problem with given class_path '([\w.]+)':\n( +)Parser key \"(\w+)\":(.*)", re.DOTALL
 )
 _OPTION_OF_CALLABLE = re.compile(
     r"Option '(\w+)' is not accepted\. Got value: Namespace\(class_path='([\w.]+)'"
@@ -209,10 +210,12 @@ def explain(message: str, options: Iterable[str]) -> SFTError:
             fix=f"give the full class path: {' or '.join(paths)}",
         )
     if option:
-        indent, key, rest = option.groups()
+        class_path, indent, key, rest = option.groups()
         inside = takewhile(lambda line: not line or line.startswith(f"{indent} "), rest.split("\n"))
         inner = explain("\n".join(inside), options)
-        return SFTError(inner.what, where=".".join(filter(None, (where, key, inner.where))), fix=inner.fix)
+        of = "" if inner.where else f" (an option of {class_path.rpartition('.')[2]})"
+        where = ".".join(filter(None, (where, key, inner.where)))
+        return SFTError(inner.what + of, where=where, fix=inner.fix)
     if unknown := _UNKNOWN_CLASS.search(message):
         base = _BASE.search(message)
         kind = _KINDS.get(base.group(1)) if base else None
@@ -251,7 +254,8 @@ def explain(message: str, options: Iterable[str]) -> SFTError:
             f"no option is named {name!r}", fix=_nearest(name, options) or "--help lists the options"
         )
     if wrong := _WRONG_UNION.search(message) or _WRONG_TYPE.search(message):
-        return SFTError(f"expected {_plain(wrong.group(1))}, got {wrong.group(2).strip()!r}", where=where)
+        types, value = _plain(wrong.group(1)), wrong.group(2).strip()
+        return SFTError(f"expected {types}, got {value!r}", where=where, fix=_as_list(types, value))
     if required := _REQUIRED.search(message):
         return SFTError(f"{required.group(1)} must be given", fix="--help lists the options")
     return SFTError(message.strip())
@@ -264,7 +268,18 @@ def _plain(types: str) -> str:
         .replace("typing.", "")
         .replace("NoneType", "null")
     )
+    types = re.sub(r"\blist\[(?:[\w.]*\.)?(\w+)\]", r"list of \1", types)
     return re.sub(r"Literal\[(.+?)\]", r"one of \1", types)
+
+
+def _as_list(types: str, value: str) -> str | None:
+    """What to write where a list is expected, and no list is given."""
+    if not re.match(r"list\b", types, re.IGNORECASE) or value.startswith("["):
+        return None
+    if value.startswith("{"):
+        return "write a list: `- ` before the entry, or [] around it"
+    entry = value if re.fullmatch(r"[\w./:-]+", value) else json.dumps(value)
+    return f"write a list: [{entry}]"
 
 
 def _imported_subclasses(message: str) -> list[str]:

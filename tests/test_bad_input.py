@@ -297,7 +297,7 @@ def a_choice_of_an_adapter_that_is_none(place: Place) -> list[str]:
     return place.fit("--config", place.file("my.yaml", config))
 
 
-@says("model.adapter.config.target_modules: expected list[str], str, null, got '3'")
+@says("model.adapter.config.target_modules: expected list of str, str, null, got '3'")
 def a_wrong_type_in_a_class_of_pefts(place: Place) -> list[str]:
     config = "{class_path: peft.IA3Config, init_args: {target_modules: 3}}"
     return place.fit("--model.adapter", "Peft", "--model.adapter.config", config)

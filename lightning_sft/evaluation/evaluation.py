@@ -7,9 +7,10 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import metadata
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +20,17 @@ from lightning_sft import __version__
 from lightning_sft.bases import Evaluator
 from lightning_sft.data.cache import NotCached, renderer_facts
 from lightning_sft.errors import SFTError
+from lightning_sft.evaluation.files import ITEMS, as_json, write_evaluation
 from lightning_sft.evaluation.journal import Journal, answered_before
 from lightning_sft.evaluation.paired import Difference, differences
 from lightning_sft.evaluation.requests import Answered, Item
-from lightning_sft.evaluation.results import Record, Results
+from lightning_sft.evaluation.results import Results, undefined
 from lightning_sft.evaluation.scorer import Scorer
 from lightning_sft.training.fingerprint import weights_digest
-from lightning_sft.training.fsdp2 import is_sharded
+from lightning_sft.training.fsdp2 import FSDP2Strategy, is_sharded
 from lightning_sft.training.layout import causal_lm
 from lightning_sft.training.models import load_model, load_trained
+from lightning_sft.training.shards import local
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +39,6 @@ if TYPE_CHECKING:
     from lightning_sft.rendering import Renderer
     from lightning_sft.training.module import SFTModule
 
-RESULTS, ITEMS = "results.json", "evaluation"
 MODEL, BASE = "model", "base"
 
 
@@ -68,12 +70,15 @@ class Evaluation:
     Args:
         evaluators: By name.
         configs: Their options, by name.
-        folder: Gets `results.json`, and `evaluation/` with a file of records for each evaluator and model.
+        folder: Gets `results.json`, and `evaluation/` with a file of records for each evaluator and model; what
+            another evaluation left there is kept.
         model: What the model is, for the reader.
         source: The folder whose model is asked (an adapter on its base, or a whole model), not the module's.
         baseline: Ask the base, too, and compare.
         batch_tokens: Padded tokens of a batch; by default 512 on a CPU, else 16,384.
         show_progress: Show how far it is.
+        found: What was found.
+        earlier: Where the results that were in the folder are now, if there were others.
     """
 
     evaluators: Mapping[str, Evaluator]
@@ -85,6 +90,7 @@ class Evaluation:
     batch_tokens: int | None = None
     show_progress: bool = True
     found: list[Found] = field(default_factory=list)
+    earlier: Path | None = None
 
     def run(self, module: SFTModule) -> list[Found]:
         """Ask everything; write, keep and return what was found.
@@ -100,10 +106,15 @@ class Evaluation:
             if not names:
                 continue
             with self._base_of(module) if part == BASE else _itself(module) as model:
+                _refuse_bad_weights(model, part)
                 scorer = Scorer(model, module.tokenizer, module.renderer, batch_tokens=self.batch_tokens)
+                identity = _identity(scorer, str(module.trainer.precision))
                 for name in names:
                     begun = time.perf_counter()
-                    answers[part][name] = self._answer(module, scorer, asked[name], part, name)
+                    journal = Journal(self.folder / ITEMS / part / name, identity, module.trainer.global_rank)
+                    answers[part][name] = self._answer(
+                        module, scorer, asked[name], journal, f"{name} ({part})"
+                    )
                     seconds[name] += time.perf_counter() - begun
         for name, evaluator in self.evaluators.items():
             begun = time.perf_counter()
@@ -115,6 +126,11 @@ class Evaluation:
                 results = scored_once(module, partial(evaluator.score, of_model))
                 base = scored_once(module, partial(evaluator.score, of_base)) if of_base else None
             changes = differences(base.records, results.records) if base else []
+            missing = [
+                *undefined(results),
+                *(f"of the base, {note}" for note in (undefined(base) if base else ())),
+            ]
+            results = replace(results, notes=(*results.notes, *missing))
             seconds[name] += time.perf_counter() - begun
             self.found.append(Found(name, self.configs.get(name, {}), results, base, changes, seconds[name]))
         if module.trainer.is_global_zero:
@@ -149,28 +165,28 @@ class Evaluation:
             yield model
 
     def _answer(
-        self, module: SFTModule, scorer: Scorer, items: Sequence[Item], part: str, name: str
+        self, module: SFTModule, scorer: Scorer, items: Sequence[Item], journal: Journal, what: str
     ) -> list[Answered]:
         """All items answered, by this process or the others."""
         trainer = module.trainer
         rank, world = _share_of(module)
-        identity = _identity(scorer, str(trainer.precision))
-        journal = Journal(self.folder / ITEMS / part / name, identity, trainer.global_rank)
         known = answered_before(items, journal.known())
         trainer.strategy.barrier()  # before any process rewrites its file
         left = [number for number in range(len(items)) if number not in known]
         mine = left[rank::world]
         if known and trainer.is_global_zero:
-            print(f"{name}: {len(known)} of {len(items)} items were answered before")
+            print(f"{what}: {len(known)} of {len(items)} items were answered before")
         streamed = journal.write(scorer.stream_items([items[number] for number in mine]))
-        with self._progress(trainer, f"{name} ({part})", len(mine)) as advance:
+        with self._progress(trainer, what, len(mine)) as advance:
             fresh = {}
             for index, answered in streamed:
                 fresh[mine[index]] = answered
                 advance()
         for other in _gathered(fresh, world):
             known |= other
-        return [known[number] for number in range(len(items))]
+        complete = [known[number] for number in range(len(items))]
+        _refuse_nan(complete, what)
+        return complete
 
     @contextmanager
     def _progress(self, trainer: Any, what: str, total: int) -> Iterator[Any]:
@@ -184,26 +200,18 @@ class Evaluation:
             yield lambda: progress.advance(task)
 
     def _write(self, module: SFTModule) -> None:
-        for found in self.found:
-            for part, results in ((MODEL, found.results), (BASE, found.base)):
-                if results is not None:
-                    write_records(self.folder / ITEMS / part / f"{found.name}.jsonl", results.records)
+        records = {
+            f"{part}/{found.name}.jsonl": "".join(as_json(asdict(each)) + "\n" for each in results.records)
+            for found in self.found
+            for part, results in ((MODEL, found.results), (BASE, found.base))
+            if results is not None
+        }
         told = {
             "model": {**self.model, "precision": str(module.trainer.precision), **_facts(module)},
             "versions": _versions(),
             "evaluators": {found.name: _told(found) for found in self.found},
         }
-        path = self.folder / RESULTS
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(path)
-
-
-def write_records(path: Path, records: Sequence[Record]) -> None:
-    """One JSON line for each record."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
-    path.write_text("".join(lines), encoding="utf-8")
+        self.earlier = write_evaluation(self.folder, told, records)
 
 
 def scored_once(module: SFTModule, score: Callable[[], Results]) -> Results:
@@ -218,6 +226,30 @@ def _items(name: str, evaluator: Evaluator) -> Sequence[Item]:
     return items
 
 
+def _refuse_bad_weights(model: nn.Module, part: str) -> None:
+    """What such a model writes would be judged like any answer."""
+    for name, parameter in model.named_parameters():
+        values = local(parameter)
+        if values.is_floating_point() and values.element_size() > 1 and not values.isfinite().all():
+            raise SFTError(
+                f"{name} has values that are NaN or infinite",
+                where=f"the {part}",
+                fix="evaluate another checkpoint, or look for the step in metrics.csv where the loss went wrong",
+            )
+
+
+def _refuse_nan(answered: Sequence[Answered], what: str) -> None:
+    """The likeliest of choices that are NaN would be the first: a score like any other."""
+    bad = [each.item for each in answered if any(map(isnan, each.log_likelihoods))]
+    if bad:
+        raise SFTError(
+            f"the model's log-likelihoods are NaN for {len(bad)} of {len(answered)} items "
+            f"(the first: {bad[0].task} {bad[0].number})",
+            where=f"evaluators: {what}",
+            fix="its weights aren't finite, or what it computes overflows: try trainer.precision: 32-true",
+        )
+
+
 @contextmanager
 def _itself(module: SFTModule) -> Iterator[nn.Module]:
     yield module.loaded
@@ -230,6 +262,10 @@ def _loaded_anew(module: SFTModule) -> PreTrainedModel:
         revision=module.revision,
         trust_remote_code=module.trust_remote_code,
     )
+    strategy = module.trainer.strategy
+    if isinstance(strategy, FSDP2Strategy):
+        strategy.shard(base)
+        return base.eval()
     return base.to(module.device).eval()
 
 

@@ -42,7 +42,7 @@ class Difference:
 
 
 def differences(before: Sequence[Record], after: Sequence[Record], seed: int = 0) -> list[Difference]:
-    """The difference in each metric, over the items that have it in both."""
+    """The difference in each metric, over the items that have it in both; NaN where an item's is no finite number."""
     old = {(each.task, each.number): each for each in before}
     pairs: dict[str, list[tuple[Record, Record]]] = {}
     for each in after:
@@ -50,7 +50,8 @@ def differences(before: Sequence[Record], after: Sequence[Record], seed: int = 0
         for metric in each.metrics if base else ():
             if base and metric in base.metrics:
                 pairs.setdefault(metric, []).append((base, each))
-    return [_difference(metric, both, seed) for metric, both in pairs.items()]
+    with np.errstate(invalid="ignore"):  # inf − inf
+        return [_difference(metric, both, seed) for metric, both in pairs.items()]
 
 
 def _difference(metric: str, pairs: Sequence[tuple[Record, Record]], seed: int) -> Difference:

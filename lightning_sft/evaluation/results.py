@@ -129,6 +129,27 @@ class Results:
     notes: tuple[str, ...] = ()
 
 
+def undefined(results: Results) -> list[str]:
+    """What there is to say of scores and items' metrics that are NaN or infinite."""
+    notes = []
+    scores = [
+        f"{score.name} {score.metric} ({score.value})"
+        for score in results.scores
+        if not math.isfinite(score.value)
+    ]
+    if scores:
+        notes.append(f"no finite number, so null in results.json: {', '.join(scores)}")
+    items: dict[str, list[Record]] = {}
+    for record in results.records:
+        for metric, value in record.metrics.items():
+            if not math.isfinite(value):
+                items.setdefault(metric, []).append(record)
+    for metric, records in items.items():
+        first = f"{records[0].task} {records[0].number}"
+        notes.append(f"{metric} is no finite number for {len(records)} items (the first: {first})")
+    return notes
+
+
 def scores_by_task(
     records: Iterable[Record], metric: str, name: str, groups: Callable[[str], Sequence[str]] = lambda _: ()
 ) -> list[Score]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from math import isclose
+from math import isclose, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,14 @@ _MOST = 12
 _WIDTH = 120
 
 
-def show(found: Sequence[Found], folder: Path) -> None:
-    """Print a table of the scores, with the base's beside them, and where everything is."""
+def show(found: Sequence[Found], folder: Path, earlier: Path | None = None) -> None:
+    """Print a table of the scores, with the base's beside them, and where everything is.
+
+    Args:
+        found: What was found.
+        folder: Where it was written.
+        earlier: Where the results are that were in the folder before.
+    """
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
@@ -49,6 +55,8 @@ def show(found: Sequence[Found], folder: Path) -> None:
     if left_out:
         console.print(f"{left_out} scores of single tasks are in the file.")
     console.print(f"\nThe results are in {folder}: results.json, evaluation/", markup=False, soft_wrap=True)
+    if earlier is not None:
+        console.print(f"Those that were there are in {earlier}", markup=False, soft_wrap=True)
 
 
 def _shown(results: Results) -> list[Score]:
@@ -92,5 +100,7 @@ def _value(score: Score) -> str:
 
 
 def _number(value: float, sign: str = "") -> str:
+    if isnan(value):
+        return "no number"
     digits = ".4f" if abs(value) < 10 else ".2f" if abs(value) < 1e6 else ".3e"
     return f"{value:{sign}{digits}}"

@@ -92,7 +92,7 @@ class SFTTrainer(Trainer):
             weights_only=weights_only,
         )
         if self.is_global_zero:
-            show(evaluation.found, evaluation.folder)
+            show(evaluation.found, evaluation.folder, evaluation.earlier)
         return evaluation.found
 
     def _folder(

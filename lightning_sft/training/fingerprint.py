@@ -13,11 +13,11 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_sft.errors import SFTError
 from lightning_sft.training import optimizers
-from lightning_sft.training.shards import local
+from lightning_sft.training.shards import full_tensor
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -121,11 +121,15 @@ def frozen_digest(module: nn.Module) -> str | None:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Of a sample of each parameter, and of the sum of all its bits taken as whole numbers: one changed value shows."""
-    parameters = dict(module.named_parameters())
-    digest = hashlib.sha256(_digest(parameters).encode())
-    for _, parameter in sorted(parameters.items()):
-        bits = local(parameter).contiguous().flatten().view(_BITS[parameter.element_size()])
+    """Of a sample of each parameter, and of the sum of all its bits taken as whole numbers: one changed value shows.
+
+    A sharded model has the digest of the whole one; all ranks have to take part.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        whole = full_tensor(parameter.detach())
+        bits = whole.contiguous().flatten().view(_BITS[whole.element_size()])
+        digest.update(_sample(name, whole))
         digest.update(str(int(bits.sum(dtype=torch.int64))).encode())
     return _short(digest)
 
@@ -133,11 +137,14 @@ def weights_digest(module: nn.Module) -> str:
 def _digest(parameters: Mapping[str, nn.Parameter]) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(parameters.items()):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, len(flat) // _SAMPLE)].cpu().double().numpy()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.tobytes())
+        digest.update(_sample(name, parameter.detach()))
     return _short(digest)
+
+
+def _sample(name: str, tensor: Tensor) -> bytes:
+    flat = tensor.flatten()
+    sample = flat[:: max(1, len(flat) // _SAMPLE)].cpu().double().numpy()
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sample.tobytes()
 
 
 def _options(key: str, plugin: object) -> Facts:

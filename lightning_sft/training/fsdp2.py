@@ -171,9 +171,9 @@ StrategyRegistry.register(
 
 
 def shard(module: Any) -> None:
-    """Shard the module's model where the trainer's strategy does that."""
+    """Shard the module's model where the trainer's strategy does that, once."""
     strategy: Strategy | None = module.trainer.strategy if module._trainer is not None else None
-    if isinstance(strategy, FSDP2Strategy):
+    if isinstance(strategy, FSDP2Strategy) and not is_sharded(module.loaded):
         strategy.shard(module.loaded)
 
 
@@ -251,7 +251,7 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def _whole_on_rank_zero(tensor: DTensor, *, rank: int) -> Tensor | None:
-    full = full_tensor(tensor.to(tensor.device_mesh.device_type))
+    full = full_tensor(tensor)
     return full.cpu() if rank == 0 else None
 
 
@@ -285,5 +285,5 @@ def _refuse_unshardable(model: nn.Module, inner: nn.Module, blocks: list[nn.Modu
 
 def _reduced_in(model: nn.Module) -> torch.dtype:
     """Gradients of 16-bit weights are added up in float32."""
-    dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
+    dtype = next((p.dtype for p in model.parameters() if p.requires_grad), torch.float32)
     return torch.promote_types(dtype, torch.float32)

@@ -186,12 +186,13 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         return self.model
 
     def configure_model(self) -> None:
-        """Load the base and put the adapter in.
+        """Load the base and put the adapter in, unless there is a model; shard it where the strategy does.
 
         Raises:
             SFTError: The base can't be loaded, or nothing of it would be trained.
         """
         if self.model is not None:
+            shard(self)
             return
         if self._trainer is not None:
             strategies.check(self.trainer, self.adapter, self.optimizer)

@@ -14,4 +14,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor put together on all ranks, which have to take part; another one itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    there: DTensor = tensor.to(tensor.device_mesh.device_type)  # type: ignore[assignment]  # offloaded, it is the CPU's
+    return there.full_tensor()

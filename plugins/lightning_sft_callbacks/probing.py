@@ -160,7 +160,8 @@ class Probe(Callback):
         path = Path(trainer.default_root_dir) / f"{self.file}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.report(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        report = json.loads(json.dumps(self.report()), parse_constant=lambda name: None)  # JSON has no NaN
+        partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         partial.replace(path)
 
     def report(self) -> dict[str, Any]:

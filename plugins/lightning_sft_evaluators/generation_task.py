@@ -52,7 +52,7 @@ class GenerationTask(Evaluator):
         shot_answer: The template of what an example answers; by default its (first) right answer.
         extract: How the answer is found, by name: each has a score of its own, `exact_match_<name>`. Without any the
             whole text is the answer, and the score is `exact_match`.
-        strip: Leave out white space around a text that is the answer as a whole.
+        strip: Leave out white space around a text that is the answer as a whole, and around the right ones then.
         ignore: Regular expressions of what doesn't count.
         ignore_case: Case doesn't count.
         ignore_punctuation: ASCII punctuation doesn't count.
@@ -143,6 +143,8 @@ class GenerationTask(Evaluator):
     def _judge(self, answered: Answered) -> Record:
         text, targets = answered.text, answered.item.data["targets"]
         assert isinstance(targets, list)
+        if self.strip and not self.extract:
+            targets = [target.strip() for target in targets]
         right = {self._plain(target) for target in targets}
         if self.extract:
             ways = self.extract.items()

@@ -67,11 +67,16 @@ class QuestionFiles:
             SFTError: There are none, or a row isn't a question; says which.
         """
         found: dict[str, list[Question]] = {}
+        where = None
         for where, row, subject in self._rows(split, subjects):
             if all(str(row.get(column)) == value for column, value in self.keep.items()):
                 question = self._question(row, where, subject)
                 if subjects is None or question.subject in subjects:
                     found.setdefault(question.subject, []).append(question)
+        if where is None:
+            raise SFTError(
+                f"there are no {split} questions in it", where=self.path, fix="fill it, or give another"
+            )
         return found
 
     def _rows(self, split: str, subjects: Collection[str] | None) -> Iterator[tuple[str, Row, str | None]]:
@@ -128,13 +133,16 @@ class QuestionFiles:
                 where=where,
                 fix="mend the row, or set `choices` to the number that the questions have, null for any",
             )
+        for name, given in (("question", asked), *zip(LETTERS, choices, strict=False)):
+            if given is None:
+                raise SFTError(f"{name} is null", where=where, fix="write a text, or remove the row")
         if not 2 <= len(choices) <= len(LETTERS):
             raise SFTError(f"the question has {len(choices)} choices", where=where, fix="it needs 2 to 26")
         names = [self.columns.get("subject"), *_SUBJECTS]
         if "subject" in self.columns or subject is None or any(name in row for name in names):
             subject = str(self._column(row, "subject", _SUBJECTS, where))
         answer = _answer(self._column(row, "answer", ("answer",), where), len(choices), where)
-        return Question(subject, str(asked), tuple(choices), answer)
+        return Question(subject, str(asked), tuple(map(str, choices)), answer)
 
     def _column(self, row: Row, name: str, known: Sequence[str], where: str) -> object:
         for column in (self.columns.get(name), *known):
@@ -153,16 +161,17 @@ def _wrong_columns(row: Row, where: str, needed: str) -> SFTError:
 
 def _answer(value: object, size: int, where: str) -> int:
     text = str(value).strip()
-    if isinstance(value, bool) or not (text.isdigit() or (len(text) == 1 and text.upper() in LETTERS)):
+    is_number = text.isascii() and text.isdigit()
+    if isinstance(value, bool) or not (is_number or (len(text) == 1 and text.upper() in LETTERS)):
         raise SFTError(f"the answer is {value!r}", where=where, fix="give a letter, or a number from 0")
-    index = int(text) if text.isdigit() else LETTERS.index(text.upper())
+    index = int(text) if is_number else LETTERS.index(text.upper())
     if index >= size:
         last = f"{LETTERS[size - 1]} or {size - 1}"
         raise SFTError(f"the answer {value!r} is out of range", where=where, fix=f"the last choice is {last}")
     return index
 
 
-def _listed(value: object) -> list[str] | None:
+def _listed(value: object) -> list[object] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -170,13 +179,13 @@ def _listed(value: object) -> list[str] | None:
             return None
     if hasattr(value, "tolist"):
         value = value.tolist()
-    return [str(each) for each in value] if isinstance(value, list | tuple) else None
+    return list(value) if isinstance(value, list | tuple) else None
 
 
-def _numbered(row: Row) -> list[str] | None:
+def _numbered(row: Row) -> list[object] | None:
     for names in ([f"choice{n}" for n in range(len(LETTERS))], list(LETTERS)):
         if names[0] in row:
-            return [str(row[name]) for name in names if row.get(name) is not None]
+            return [row[name] for name in names if row.get(name) is not None]
     return None
 
 

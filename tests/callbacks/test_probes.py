@@ -394,6 +394,10 @@ def test_evaluators_run_on_the_way_on_the_same_items(train, model_folder):
     assert probe.numbers(probe.history[-1]) == {"likely/nats": pytest.approx(expected)}
     several = {"step": 2, "a/b/x": 1.0, "a/b/y": 2.0, "a/b/c/x": 3.0, "d/x": 4.0, "d/e/x": 5.0}
     assert probe.numbers(several) == {"a/b/x": 1.0, "a/b/y": 2.0, "d/x": 4.0}
+    probe.history[-1]["likely/nats"] = float("nan")
+    probe._write(module.trainer)
+    text = (Path(module.trainer.default_root_dir) / f"{probe.file}.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["history"][-1]["likely/nats"] is None
     with pytest.raises(SFTError, match="no evaluator"):
         EvaluateDuringFit([])
 

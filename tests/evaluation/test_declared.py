@@ -370,7 +370,9 @@ def test_a_question_is_asked_once_with_stops(data):
     ("options", "text", "targets", "right"),
     [
         ({}, " a b\n", "a b", True),
+        ({}, "a b", " a b\n", True),
         ({"strip": False}, " a b", "a b", False),
+        ({"strip": False}, "a b", "a b\n", False),
         ({}, "A b", "a b", False),
         ({"ignore_case": True}, "A b", "a B", True),
         ({"ignore_punctuation": True}, "a, b!", "a b", True),

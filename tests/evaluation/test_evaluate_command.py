@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -182,11 +183,16 @@ def test_a_stopped_evaluation_asks_only_what_is_left(here, monkeypatch, capsys):
         assert scores(results(here / "stopped"), name) == pytest.approx(scores(results(here / "whole"), name))
 
 
-def test_responses_of_another_model_are_not_taken(here, monkeypatch):
+def test_responses_of_another_model_are_not_taken_and_its_results_are_kept(here, capsys):
     assert main(["evaluate", "--config", "my.yaml", "--output", "one"]) == 0
     before = [record["scores"] for record in records(here / "one", "MMLU")]
     assert main(["evaluate", "--config", "my.yaml", "--output", "one", "--source", "runs/my-1"]) == 0
     assert [record["scores"] for record in records(here / "one", "MMLU")] != before
+    earlier = here / "one/evaluation/earlier/1"
+    assert f"Those that were there are in {earlier.relative_to(here)}" in capsys.readouterr().out
+    assert results(earlier)["model"]["source"] is None
+    kept = (earlier / "model/MMLU.jsonl").read_text().splitlines()
+    assert [json.loads(line)["scores"] for line in kept] == before
 
 
 def test_responses_in_another_precision_are_not_taken(here, capsys):
@@ -198,7 +204,7 @@ def test_responses_in_another_precision_are_not_taken(here, capsys):
         )
         found.append([record["scores"] for record in records(here / "two", "MMLU")])
     assert found[0] != found[1] == found[2]
-    assert capsys.readouterr().out.count("MMLU: 9 of 9 items were answered before") == 1
+    assert capsys.readouterr().out.count("MMLU (model): 9 of 9 items were answered before") == 1
 
 
 @pytest.mark.parametrize(
@@ -212,6 +218,16 @@ def test_responses_in_another_precision_are_not_taken(here, capsys):
         (["--evaluators", "[{class_path: MMLU, init_args: {path: gone}}]"], "hendrycks/data.tar"),
         (["--source", "runs/my-1", "--output", "my.yaml/results"], "my.yaml/results is no folder"),
         (["--evaluators", "[{class_path: MMLO}]"], "did you mean MMLU"),
+        (
+            ["--evaluators", "[{class_path: MMLU, init_args: {path: x, subjects: anatomy}}]"],
+            "evaluators.subjects: expected list of str, null, got 'anatomy' (an option of MMLU)\n"
+            "  → write a list: [anatomy]",
+        ),
+        (
+            ["--evaluators", '[{class_path: LMEvalHarness, init_args: {tasks: "arc, boolq"}}]'],
+            '→ write a list: ["arc, boolq"]',
+        ),
+        (["--evaluators", "{class_path: MMLU}"], "write a list: `- ` before the entry"),
     ],
 )
 def test_mistakes_are_told(here, capsys, arguments, message):
@@ -286,15 +302,22 @@ def test_a_run_s_evaluators_are_no_business_of_commands_without_weights(here, ca
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(here):
+    digests: dict[tuple[str, str], str] = {}
     base = [sys.executable, "-m", "lightning_sft", "evaluate", "--config", "my.yaml", "--source", "runs/my-1"]
-    two = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
-    for extra in (["--output", "single"], ["--output", "double", *two]):
-        subprocess.run([*base, "--baseline", "true", *extra], check=True, capture_output=True, timeout=300)
-    assert results(here / "double")["model"]["processes"] == 2
-    for part in ("model", "base"):
-        for name in ("MMLU", "MMLU-2", "Perplexity"):
-            one, other = records(here / "single", name, part), records(here / "double", name, part)
+    for strategy in (None, "ddp", "fsdp2"):
+        output = here / str(strategy)
+        extra = ["--trainer.strategy", strategy, "--trainer.devices", "2"] if strategy else []
+        command = [*base, "--baseline", "true", "--output", output, *extra]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        assert results(output)["model"]["processes"] == (2 if strategy else 1)
+        for part, name in product(("model", "base"), ("MMLU", "MMLU-2", "Perplexity")):
+            one, other = records(here / "None", name, part), records(output, name, part)
             assert [r["generated"] for r in one] == [r["generated"] for r in other]
             assert [r["answer"] for r in one] == [r["answer"] for r in other]
             for a, b in zip(one, other, strict=True):
                 assert a["scores"] == pytest.approx(b["scores"], rel=1e-5)
+            first, *rest = (output / f"evaluation/{part}/{name}/responses-0.jsonl").read_text().splitlines()
+            # of a sharded model each process answers all, and the journal knows it for the same model
+            assert (len(rest) == len(one)) == (strategy != "ddp")
+            weights = json.loads(first)["model"]["weights"]
+            assert digests.setdefault((part, name), weights) == weights

@@ -113,6 +113,13 @@ def test_styles(tmp_path):
     likelihoods = [Likelihood(value, 1, False) for value in (-2.0, -9.0, -1.9, -3.0)]
     (record,) = continuation.score([Answered(item, tuple(likelihoods))]).records
     assert record.metrics == {"acc": 0.0, "acc_norm": 0.0}  # c is likelier; per character it is "no, really"
+    row = {"question": "q", "choices": ["a", "bbb", "c", "d"], "answer": 1, "subject": "go"}
+    (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
+    for chat in (False, True):  # without a chat there is a space before each choice, which doesn't count
+        asker = MMLU(str(tmp_path / "one.jsonl"), shots=0, style="continuation", chat=chat)
+        responses = tuple(Likelihood(value, 1, False) for value in (-1.0, -2.5, -9.0, -9.0))
+        (record,) = asker.score([Answered(asker.requests()[0], responses)]).records
+        assert record.metrics == {"acc": 0.0, "acc_norm": 1.0}
     generative = MMLU(path, shots=0, style="generative", limit=1)
     (record,) = generative.score([Answered(generative.requests()[0], (Generated(" a.", 3),))]).records
     assert record.metrics == {"acc": 1.0}
@@ -156,7 +163,10 @@ def test_pro_and_redux_by_options(tmp_path):
         ({"question": "q", "choices": ["a"] * 4, "answer": 4}, "row 2: the answer 4 is out of range"),
         ({"question": "q", "choices": ["a"] * 4, "answer": "E"}, "row 2: the answer 'E' is out of range"),
         ({"question": "q", "choices": ["a"] * 4, "answer": "none"}, "row 2: the answer is 'none'"),
+        ({"question": "q", "choices": ["a"] * 4, "answer": "²"}, "row 2: the answer is '²'"),
         ({"question": "q", "choices": ["a"] * 4}, "row 2: no column answer"),
+        ({"question": "q", "choices": ["a", "b", None, "d"], "answer": 0}, "row 2: C is null"),
+        ({"question": None, "choices": ["a"] * 4, "answer": 0}, "row 2: question is null"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, row, message):
@@ -166,6 +176,13 @@ def test_a_bad_row_is_named(tmp_path, row, message):
     with pytest.raises(SFTError, match=message) as error:
         MMLU(str(path), shots=0).requests()
     assert str(path) in str(error.value)
+
+
+def test_a_file_without_rows_is_named(tmp_path):
+    path = tmp_path / "test.csv"
+    path.write_text("")
+    with pytest.raises(SFTError, match=r"test.csv: there are no test questions in it"):
+        MMLU(str(path), shots=0).requests()
 
 
 def test_missing_data_names_the_file_and_how_to_get_it(tmp_path):
@@ -202,6 +219,9 @@ def test_bbh_prompts(tmp_path):
         "Find the way.\n\nQ: 0?\nA: Let's think step by step.\nIt is 0. So the answer is 0.\n\n"
         "Q: 7?\nA: Let's think step by step.\n"
     )
+    assert first.requests[0].stop == ("</s>", "Q", "\n\n")
+    (first, _) = BBH(path, tasks=["navigate"], shots=0).requests()
+    assert first.requests[0].stop == ("</s>", "Q:", "<|im_end|>")
     (first, _) = BBH(path, tasks=["navigate"], shots=2, cot=False).requests()
     assert first.requests[0].prompt == "Find the way.\n\nQ: 0?\nA: 0\n\nQ: 1?\nA: 1\n\nQ: 7?\nA:"
 
@@ -229,7 +249,7 @@ def test_perplexity_names_the_row_without_text(tmp_path):
 
 
 def test_perplexity_weighs_texts_by_their_size(tmp_path):
-    (tmp_path / "t.jsonl").write_text('{"text": "a b"}\n{"text": "c"}\n')
+    (tmp_path / "t.jsonl").write_text('{"text": "a b"}\n{"text": "ç"}\n', encoding="utf-8")
     perplexity = Perplexity(str(tmp_path / "t.jsonl"))
     first, second = perplexity.requests()
     answered = [
@@ -239,7 +259,7 @@ def test_perplexity_weighs_texts_by_their_size(tmp_path):
     scores = {score.metric: score.value for score in perplexity.score(answered).scores}
     from math import exp, log
 
-    assert scores["bits_per_byte"] == pytest.approx(8 / 4 / log(2))
-    assert scores["byte_perplexity"] == pytest.approx(exp(8 / 4))
+    assert scores["bits_per_byte"] == pytest.approx(8 / 5 / log(2))
+    assert scores["byte_perplexity"] == pytest.approx(exp(8 / 5))
     assert scores["word_perplexity"] == pytest.approx(exp(8 / 3))
     assert scores["token_perplexity"] == pytest.approx(exp(8 / 3))

@@ -16,7 +16,8 @@ from lightning_sft import (
     SFTError,
 )
 from lightning_sft.evaluation import scorer
-from lightning_sft.evaluation.generation import Writer
+from lightning_sft.evaluation.forward import Forward
+from lightning_sft.evaluation.generation import Writer, _chosen
 from lightning_sft.evaluation.sharing import Row, Target
 
 FAMILIES = ["llama", "gpt2", "gemma2", "gemma3", "mistral", "cohere", "falcon", "bloom", "mamba"]
@@ -71,6 +72,25 @@ def test_log_likelihoods_are_those_of_each_request_alone(load, family):
         total, greedy = slow(model, ids, count)
         assert response.log_likelihood == pytest.approx(total, rel=2e-5, abs=1e-4)
         assert (response.tokens, response.greedy) == (count, greedy)
+
+
+@torch.no_grad()
+def test_greedy_says_that_each_token_is_the_likeliest_not_only_the_last(load):
+    """Continuations of two tokens whose second is the likeliest, after the likeliest first one and after others."""
+    model, tokenizer = load("llama")
+    requests, expected = [], []
+    for context in CONTEXTS[:3]:
+        before = tokenizer.encode(context)
+        first = int(model(input_ids=torch.tensor([before])).logits[0, -1].argmax())
+        for token in {first, *range(3, 100)}:
+            second = int(model(input_ids=torch.tensor([[*before, token]])).logits[0, -1].argmax())
+            text = tokenizer.decode([token, second])
+            if tokenizer.encode(context + text) == [*before, token, second]:
+                requests.append(LogLikelihood(context, text))
+                expected.append(token == first)
+    found = [response.greedy for response in Scorer(model, tokenizer, context_length=CONTEXT).run(requests)]
+    assert found == expected
+    assert {*found} == {True, False}
 
 
 def test_continuations_that_fit_one_by_one_are_scored_in_the_last_positions_of_a_model(load):
@@ -327,3 +347,23 @@ def test_penalties_of_the_model_s_generation_configuration_count_as_in_generate(
         ids = tokenizer(prompt, return_tensors="pt")
         whole = model.generate(**ids, max_new_tokens=9, do_sample=False, pad_token_id=0)[0]
         assert text == tokenizer.decode(whole[ids.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_an_answer_ends_before_the_first_stop_text_also_where_one_token_holds_two(load):
+    model, tokenizer = load("llama")
+    ids = tokenizer.encode("hello")
+    writer = Writer(Forward(model), tokenizer, frozenset())
+    for stops, text in ((("l",), "he"), (("lo", "e"), "h"), (("", "x"), "hello")):
+        answer = writer._begun(0, Generate("a", stops), (1,))
+        answer.ids += ids
+        assert writer._finished(answer).text == text
+
+
+@pytest.mark.parametrize("heat", [0.5, 2.0])
+def test_tokens_are_drawn_by_their_probabilities_at_a_temperature(load, heat):
+    model, tokenizer = load("llama")
+    request, logits = Generate("a", temperature=heat), torch.tensor([[2.0, 0.0, 1.0, -1.0]])
+    answer = Writer(Forward(model), tokenizer, frozenset())._begun(0, request, (1,))
+    drawn = torch.tensor([_chosen(logits, [answer], [request])[0] for _ in range(4000)])
+    shares = drawn.bincount(minlength=4) / 4000
+    torch.testing.assert_close(shares, (logits[0] / heat).softmax(0), rtol=0, atol=0.03)
