@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 
 from lightning_sft import SFTError
 from lightning_sft.__main__ import main
+from lightning_sft.export import export
 from lightning_sft.interpolate import interpolate
 from lightning_sft.run_folder import CHECKPOINTS
+from lightning_sft.verify import verify
 
 
 @pytest.fixture
@@ -62,8 +64,6 @@ def losses(folder: Path, run: Path, texts: list[str]) -> tuple[float, float]:
 
 @pytest.mark.parametrize("adapter", ["Full", "LoRA"])
 def test_a_point_has_the_weights_between(adapter, copy, general, model_folder, tmp_path):
-    from lightning_sft.export import export
-
     run = copy(adapter)
     interpolate(str(run), points="0,0.25,1", general=general, write=0.25, output=str(tmp_path / "quarter"))
     tuned, found_in = run / "model", tmp_path / "quarter"
@@ -84,6 +84,32 @@ def test_a_point_has_the_weights_between(adapter, copy, general, model_folder, t
         json.loads((place / "generation_config.json").read_text()) for place in (found_in, run / "model")
     ]
     assert stops[0]["eos_token_id"] == stops[1]["eos_token_id"]
+
+
+def test_the_model_that_is_written_says_what_it_is_and_is_verified_by_its_own_score(copy, general, capsys):
+    run = copy("LoRA")
+    interpolate(str(run), points="0,1", general=general, write=0.5, average=["last.ckpt"])
+    folder = run / "interpolated-0.5"
+    base, half, tuned = json.loads((run / "interpolation.json").read_text())
+    assert (base["alpha"], half["alpha"], tuned["alpha"]) == (0, 0.5, 1)
+    card = (folder / "README.md").read_text()
+    assert "base + 0.5 · (tuned − base)" in card
+    assert "mean of these checkpoints: last.ckpt" in card
+    assert f"| validation loss (nats per token) | {half['validation']:.4g} |" in card
+    assert f"| loss on general text (nats per token) | {half['general']:.4g} |" in card
+    assert "## Scores of the tuned model" in card
+    export(str(folder), dtype="bfloat16")
+    assert "base + 0.5" in (run / "model-bfloat16" / "README.md").read_text()
+    capsys.readouterr()
+    for model in (folder, run / "model-bfloat16"):
+        verify(str(model))
+        assert f"α = 0.5 between base and tuned model had {half['validation']:.6g}" in capsys.readouterr().out
+    (folder / "interpolation.json").write_text(json.dumps({**half, "validation": 9.0, "average": []}))
+    with pytest.raises(SFTError, match="loss on 4 val examples"):
+        verify(str(folder))
+    (folder / "interpolation.json").write_text("[]")
+    with pytest.raises(SFTError, match="isn't as `interpolate` writes it"):
+        verify(str(folder))
 
 
 @pytest.mark.parametrize("adapter", ["Full", "LoRA"])
