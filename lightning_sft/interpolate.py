@@ -180,12 +180,26 @@ def _scaled(model: Any) -> list[Any]:
     return [layer for layer in model.modules() if isinstance(getattr(layer, "scaling", None), dict)]
 
 
+def _unscaled(model: Any, *, new_tokens: bool) -> list[str]:
+    """What the adapter trained beside its scaled updates; rows of new tokens don't count, as the base has none."""
+    from peft import get_peft_model_state_dict
+
+    return [
+        name
+        for name in get_peft_model_state_dict(model)
+        if (model.base_model.prefix not in name or "magnitude" in name)
+        and not (new_tokens and "trainable_tokens" in name)
+    ]
+
+
 def _between(run: Path, model: Path, average: Sequence[str], trust_remote_code: bool) -> Full | Scaled:
     import torch
 
     from lightning_sft import command_line, run_folder
     from lightning_sft.training.models import is_adapter, load_model, load_trained
 
+    found = command_line.read_config(str(run / run_folder.CONFIG)).get("model")
+    options: dict[str, Any] = found if isinstance(found, dict) else {}
     if is_adapter(model):
         with TemporaryDirectory() as place:
             if average:
@@ -198,9 +212,13 @@ def _between(run: Path, model: Path, average: Sequence[str], trust_remote_code: 
             raise SFTError(
                 "the adapter isn't scaled", where=str(model), fix="LoRA and its kin can be interpolated"
             )
+        if others := _unscaled(peft, new_tokens=bool(options.get("new_tokens"))):
+            raise SFTError(
+                f"the run trained {others[0]}, which isn't scaled: only the point 1 would be what it says",
+                where=str(model),
+                fix="LoRA without DoRA, modules_to_save, trainable_tokens and biases can be interpolated",
+            )
         return Scaled(peft)
-    found = command_line.read_config(str(run / run_folder.CONFIG)).get("model")
-    options: dict[str, Any] = found if isinstance(found, dict) else {}
     name = options.get("base")
     if not isinstance(name, str):
         raise SFTError("the run doesn't say what its base is", where=str(run / run_folder.CONFIG))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from lightning_sft import SFTError
@@ -43,8 +45,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def losses(folder: Path, run: Path, texts: list[str]) -> tuple[float, float]:
     """Validation and general loss of a model folder, row by row."""
-    import transformers
-
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     golden = json.loads((run / "goldens.json").read_text())
@@ -146,6 +146,24 @@ def test_mistakes_are_told(copy, tmp_path, general):
     assert sorted(run.rglob("*")) == before
     with pytest.raises(SFTError, match="no run folder"):
         interpolate(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"use_dora": True}, "magnitude"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight"),
+        ({"trainable_token_indices": [3]}, "trainable_tokens"),
+    ],
+)
+def test_what_is_not_scaled_is_no_point_between(options, part, copy, general, model_folder):
+    run = copy("LoRA")
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder("llama"))
+    base.name_or_path = str(model_folder("llama"))
+    config = LoraConfig(target_modules=["q_proj"], **options)
+    get_peft_model(base, config).save_pretrained(run / "model")
+    with pytest.raises(SFTError, match=f"trained .*{part}.*, which isn't scaled"):
+        interpolate(str(run), general=general)
 
 
 @pytest.mark.slow
