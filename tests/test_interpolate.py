@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -104,7 +105,10 @@ def test_the_model_that_is_written_says_what_it_is_and_is_verified_by_its_own_sc
     for model in (folder, run / "model-bfloat16"):
         verify(str(model))
         assert f"α = 0.5 between base and tuned model had {half['validation']:.6g}" in capsys.readouterr().out
-    (folder / "interpolation.json").write_text(json.dumps({**half, "validation": 9.0, "average": []}))
+    golden = json.loads((run / "goldens.json").read_text())  # a run in fewer bits allows the point no more
+    (run / "goldens.json").write_text(json.dumps({**golden, "quantized": True, "dtype": "bfloat16"}))
+    off = {**half, "validation": half["validation"] * 1.01, "average": []}
+    (folder / "interpolation.json").write_text(json.dumps(off))
     with pytest.raises(SFTError, match="loss on 4 val examples"):
         verify(str(folder))
     (folder / "interpolation.json").write_text("[]")
@@ -164,6 +168,11 @@ def test_what_is_not_scaled_is_no_point_between(options, part, copy, general, mo
     get_peft_model(base, config).save_pretrained(run / "model")
     with pytest.raises(SFTError, match=f"trained .*{part}.*, which isn't scaled"):
         interpolate(str(run), general=general)
+    if part == "trainable_tokens":  # rows that the base hasn't
+        written = yaml.safe_load((run / "config.yaml").read_text())
+        written["model"]["new_tokens"] = ["<new>"]
+        (run / "config.yaml").write_text(yaml.safe_dump(written))
+        interpolate(str(run), points="1", general=general)
 
 
 @pytest.mark.slow
