@@ -133,8 +133,12 @@ def check_embeddings(adapter: LoRA, model: heavy.PreTrainedModel, *, moves_base:
     rows = config.trainable_token_indices
     if not rows:
         return
-    given = tuple(rows) if isinstance(rows, dict) else (names[0],)
-    with_rows = [name for name in names if name.endswith(given)]
+    layers = dict(model.named_modules())
+    with_rows = [
+        name
+        for name in names
+        if (name.endswith(tuple(rows)) if isinstance(rows, dict) else layers[name] is embedding)
+    ]
     if tied and with_rows:
         with_rows = names
     if both := [name for name in with_rows if name in adapted]:
