@@ -44,7 +44,7 @@ _BASE = re.compile(r"lightning_sft\.bases\.(\w+)")
 _NO_OPTION = re.compile(r"no option is named '([\w.]+)'")
 _ABSENT = object()
 _UNION_TRIED = "Does not validate against any of the Union subtypes"
-_LIGHTNING_BASE = re.compile(r"<class '(lightning\.[\w.]+)'>")
+_LIBRARYS_BASE = re.compile(r"<class '((?:lightning|peft)\.[\w.]+)'>")
 _KINDS = {kind.base.rpartition(":")[2]: kind.name for kind in KINDS.values()}
 
 
@@ -121,6 +121,8 @@ def in_config(error: SFTError, argv: Sequence[str]) -> SFTError:
     for name in reversed(_config_files(argv)):
         found: object = read_config(name)
         for part in key.split("."):
+            if isinstance(found, list):
+                found = next((each for each in found if isinstance(each, dict) and part in each), _ABSENT)
             if isinstance(found, dict) and part not in found:
                 found = found.get("init_args")
             found = found.get(part, _ABSENT) if isinstance(found, dict) else _ABSENT
@@ -198,7 +200,9 @@ def explain(message: str, options: Iterable[str]) -> SFTError:
         message: What jsonargparse says.
         options: The options that exist.
     """
-    option = None if _UNKNOWN_CLASS.search(message) else _OPTION_OF_CLASS.search(message)
+    option = _OPTION_OF_CLASS.search(message)
+    if option and (unknown := _UNKNOWN_CLASS.search(message)) and unknown.start() < option.start(3):
+        option = None  # the class that has this option is another than the one that was named
     found = _KEY.search(message[: option.start()] if option else message)
     where = found.group(1) if found else None
     if twice := _AMBIGUOUS.search(message):
@@ -283,8 +287,8 @@ def _as_list(types: str, value: str) -> str | None:
 
 
 def _imported_subclasses(message: str) -> list[str]:
-    """The short names of the classes that would do where Lightning's classes are asked for."""
-    asked = _LIGHTNING_BASE.search(message)
+    """The short names of the classes that would do where a class of Lightning's or peft's is asked for."""
+    asked = _LIBRARYS_BASE.search(message)
     if asked is None:
         return []
     module, _, name = asked.group(1).rpartition(".")

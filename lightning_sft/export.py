@@ -84,9 +84,8 @@ def export(
         parity: list[merging.Parity] = []
 
         def write(place: Path) -> None:
-            make = merging.merge if merge else merging.convert
             parity.append(
-                make(
+                merging.write(
                     folder, place, dtype=dtype, tolerance=tolerance, max_shard_size=max_shard_size,
                     trust_remote_code=trust_remote_code,
                 )

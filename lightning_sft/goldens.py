@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from lightning_sft.training.module import SFTModule
 
 FILE = "goldens.json"
+INTERPOLATION = "interpolation.json"
+"""In a run folder the points between its base and its tuned model; in the folder of such a model, its own point."""
+
 _EXAMPLES = 64
 
 CONVERSATIONS = (
@@ -83,6 +86,24 @@ def read(path: Path) -> dict[str, Any]:
     raise SFTError(
         "the golden examples can't be read", where=str(path), fix="check that the file is undamaged"
     )
+
+
+def point(model: Path) -> dict[str, Any]:
+    """Where between base and tuned model the model in this folder is, with its losses; empty if it is no such model.
+
+    Raises:
+        SFTError: It can't be read.
+    """
+    path = model / INTERPOLATION
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {key: content[key] for key in ("alpha", "validation", "general", "average")}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SFTError(
+            "it isn't as `interpolate` writes it", where=str(path), fix="interpolate again"
+        ) from error
 
 
 def is_quantized(model: PreTrainedModel) -> bool:

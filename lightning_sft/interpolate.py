@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _TEXTS = 64
 _POINTS = "0,0.25,0.5,0.75,1"
-_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,8 @@ def interpolate(
 ) -> None:
     """Score models between a run's base and its tuned model, draw the curve, and write one of them if asked.
 
-    Prints a table and writes `interpolation.json` and `interpolation.png` to the run folder.
+    Prints a table and writes `interpolation.json` and `interpolation.png` to the run folder. The model that is written
+    is scored, too, and has a card that says what it is; `verify` compares it with that score.
 
     Args:
         run: The run folder.
@@ -69,7 +69,9 @@ def interpolate(
     Raises:
         SFTError: It is no run, has no golden examples, or its adapter can't be scaled.
     """
-    from lightning_sft import goldens, run_folder
+    import torch
+
+    from lightning_sft import goldens, merging, model_card, run_folder
     from lightning_sft.training.models import load_tokenizer
     from lightning_sft.verify import golden_loss
 
@@ -78,7 +80,7 @@ def interpolate(
     folder = Path(run)
     if not (folder / run_folder.CONFIG).is_file():
         raise SFTError("this is no run folder", where=run, fix="give one (runs/...)")
-    alphas = _numbers(points)
+    alphas = _numbers(points) | ({write} if write is not None else set())
     target = Path(output) if output else folder / f"interpolated-{write:g}" if write is not None else None
     if target is not None:
         folders.free(target)
@@ -88,21 +90,26 @@ def interpolate(
     texts = _texts(general, tokenizer)
     between = _between(folder, model, average or [], trust_remote_code)
     found = []
-    for alpha in alphas:
+    for alpha in sorted(alphas):
         with between.at(alpha) as at:
             found.append(Point(alpha, golden_loss(at, golden), _general(at, texts)))
     _show(found, folder)
     if write is None or target is None:
         return
 
+    (point,) = (point for point in found if point.alpha == write)
+
     def written(place: Path) -> None:
+        rows = merging.rows(tokenizer)
         with between.at(write) as at:
-            between.write(at, place)
-        tokenizer.save_pretrained(str(place))
-        if (model / _GENERATION).is_file():  # the base's doesn't know where turns end
-            shutil.copyfile(model / _GENERATION, place / _GENERATION)
+            expected = merging.logits(at, rows)
+            merging.save(between.whole(at), tokenizer, model, place, stored=torch.float32)
+        merging.prove(place, rows, expected, source=model, trust_remote_code=trust_remote_code)
+        content = {**asdict(point), "average": average or []}
+        (place / goldens.INTERPOLATION).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     folders.write_whole(target, written)
+    model_card.write(target, folder)
     print(f"α = {write:g} → {target}")
 
 
@@ -131,9 +138,9 @@ class Full:
             for name, kept in before.items():
                 state[name].data.copy_(kept)
 
-    def write(self, model: PreTrainedModel, folder: Path) -> None:
-        """Write the whole model."""
-        model.save_pretrained(folder)
+    def whole(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model of a point as one to write."""
+        return model
 
 
 class Scaled:
@@ -159,16 +166,30 @@ class Scaled:
             for layer, scaling in zip(layers, before, strict=True):
                 layer.scaling.update(scaling)
 
-    def write(self, model: Any, folder: Path) -> None:
-        """Write the whole model, merged."""
+    def whole(self, model: Any) -> PreTrainedModel:
+        """The model of a point as one to write: merged."""
         import copy
 
-        copy.deepcopy(model).merge_and_unload().save_pretrained(folder)
+        from lightning_sft import merging
+
+        return merging.merged(copy.deepcopy(model))
 
 
 def _scaled(model: Any) -> list[Any]:
     """The layers of an adapter whose contribution has a factor, by the adapter's name."""
     return [layer for layer in model.modules() if isinstance(getattr(layer, "scaling", None), dict)]
+
+
+def _unscaled(model: Any, *, new_tokens: bool) -> list[str]:
+    """What the adapter trained beside its scaled updates; rows of new tokens don't count, as the base has none."""
+    from peft import get_peft_model_state_dict
+
+    return [
+        name
+        for name in get_peft_model_state_dict(model)
+        if (model.base_model.prefix not in name or "magnitude" in name)
+        and not (new_tokens and "trainable_tokens" in name)
+    ]
 
 
 def _between(run: Path, model: Path, average: Sequence[str], trust_remote_code: bool) -> Full | Scaled:
@@ -177,6 +198,8 @@ def _between(run: Path, model: Path, average: Sequence[str], trust_remote_code: 
     from lightning_sft import command_line, run_folder
     from lightning_sft.training.models import is_adapter, load_model, load_trained
 
+    found = command_line.read_config(str(run / run_folder.CONFIG)).get("model")
+    options: dict[str, Any] = found if isinstance(found, dict) else {}
     if is_adapter(model):
         with TemporaryDirectory() as place:
             if average:
@@ -189,9 +212,13 @@ def _between(run: Path, model: Path, average: Sequence[str], trust_remote_code: 
             raise SFTError(
                 "the adapter isn't scaled", where=str(model), fix="LoRA and its kin can be interpolated"
             )
+        if others := _unscaled(peft, new_tokens=bool(options.get("new_tokens"))):
+            raise SFTError(
+                f"the run trained {others[0]}, which isn't scaled: only the point 1 would be what it says",
+                where=str(model),
+                fix="LoRA without DoRA, modules_to_save, trainable_tokens and biases can be interpolated",
+            )
         return Scaled(peft)
-    found = command_line.read_config(str(run / run_folder.CONFIG)).get("model")
-    options: dict[str, Any] = found if isinstance(found, dict) else {}
     name = options.get("base")
     if not isinstance(name, str):
         raise SFTError("the run doesn't say what its base is", where=str(run / run_folder.CONFIG))
@@ -291,11 +318,11 @@ def _texts(general: str, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
     return found
 
 
-def _numbers(points: str) -> list[float]:
+def _numbers(points: str) -> set[float]:
     try:
-        found = sorted({float(each) for each in points.split(",")})
+        found = {float(each) for each in points.split(",")}
     except ValueError:
-        found = []
+        found = set()
     if not found or not all(abs(each) < 10 for each in found):
         raise SFTError(
             f"{points!r} are no values of α", where="--points", fix=f"give numbers, such as {_POINTS}"
@@ -307,17 +334,19 @@ def _show(points: Sequence[Point], folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from lightning_sft import goldens
+
     table = Table("α", "validation loss", "general text loss", title="Between base (0) and tuned (1)")
     best = min(points, key=lambda point: point.validation + point.general)
     for point in points:
         mark = "  least sum" if point is best else ""
         table.add_row(f"{point.alpha:g}", f"{point.validation:.4f}", f"{point.general:.4f}{mark}")
     Console().print(table)
-    (folder / "interpolation.json").write_text(
+    (folder / goldens.INTERPOLATION).write_text(
         json.dumps([asdict(point) for point in points], indent=1) + "\n", encoding="utf-8"
     )
     _draw(points, folder / "interpolation.png")
-    print(f"These figures are in {folder}: interpolation.json, interpolation.png")
+    print(f"These figures are in {folder}: {goldens.INTERPOLATION}, interpolation.png")
 
 
 def _draw(points: Sequence[Point], path: Path) -> None:

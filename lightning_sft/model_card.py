@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_sft import __version__
+from lightning_sft import __version__, goldens
 
 FILE = "README.md"
 _SETTINGS = ("learning_rate", "schedule", "warmup", "weight_decay", "betas", "train_on_eot", "dtype")
@@ -36,6 +36,7 @@ def _card(model: Path, run: Path, license: str) -> Iterator[str]:
     base = str(options.get("base", "unknown"))
     adapter = _plugin(options.get("adapter"))
     is_adapter = (model / "adapter_config.json").is_file()
+    point = goldens.point(model)
     front: dict[str, Any] = {
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -45,20 +46,36 @@ def _card(model: Path, run: Path, license: str) -> Iterator[str]:
     on_hub = "/" in base and not Path(base).is_absolute() and not Path(base).exists()
     if on_hub:
         front["base_model"] = base
-        front["base_model_relation"] = "adapter" if is_adapter else "finetune"
+        front["base_model_relation"] = "merge" if point else "adapter" if is_adapter else "finetune"
     yield f"---\n{yaml.safe_dump(front, sort_keys=False).rstrip()}\n---\n"
     yield f"# {run.resolve().name}\n"
     name = base if on_hub else f"`{Path(base).name}` (not on the Hub)"
     yield f"{adapter} of {name}, supervised fine-tuning with lightning-sft {__version__}.\n"
+    yield from _between(point)
     yield from _data(run)
     yield from _training(config, options)
-    yield from _scores(run)
+    yield from _scores(run, "Scores of the tuned model" if point else "Scores")
     yield "## Licence\n"
     yield (
         "Not stated: see those of the base model and of the data.\n"
         if license == "unknown"
         else f"{license}; see also those of the base model and of the data.\n"
     )
+
+
+def _between(point: dict[str, Any]) -> Iterator[str]:
+    """What a point of an interpolation is, and its own scores."""
+    if not point:
+        return
+    yield "## Between base and tuned model\n"
+    yield f"The weights are base + {point['alpha']:g} · (tuned − base) (WiSE-FT, Wortsman et al., 2022).\n"
+    if point["average"]:
+        names = ", ".join(Path(name).name for name in point["average"])
+        yield f"The tuned model is the mean of these checkpoints: {names}.\n"
+    yield "| | |"
+    yield "|---|---|"
+    yield f"| validation loss (nats per token) | {point['validation']:.4g} |"
+    yield f"| loss on general text (nats per token) | {point['general']:.4g} |\n"
 
 
 def _data(run: Path) -> Iterator[str]:
@@ -115,7 +132,7 @@ def _training(config: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:
     yield f"| seed | {config.get('seed_everything')} |\n"
 
 
-def _scores(run: Path) -> Iterator[str]:
+def _scores(run: Path, title: str) -> Iterator[str]:
     lines = []
     metrics = run / "metrics.csv"
     if metrics.is_file():
@@ -136,7 +153,7 @@ def _scores(run: Path) -> Iterator[str]:
             f"| retention, {name} | {each['retention']:.3f} |" for name, each in last["domains"].items()
         ]
     if lines:
-        yield "## Scores\n"
+        yield f"## {title}\n"
         yield "| | |"
         yield "|---|---|"
         yield from lines

@@ -78,6 +78,10 @@ def compare(
 
     from lightning_sft.training.models import load_trained
 
+    owner = "the run"
+    if point := goldens.point(folder):  # between base and tuned model, with a loss of its own
+        owner = f"α = {point['alpha']:g} between base and tuned model"
+        golden = {**golden, "loss": point["validation"], "dtype": "float32", "quantized": False}
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     model = load_trained(folder, trust_remote_code=trust_remote_code)
     dtype = str(model.dtype).removeprefix("torch.")
@@ -85,7 +89,8 @@ def compare(
         tolerance = max(_TOLERANCES.get(dtype, 2e-2), _TOLERANCES.get(golden["dtype"], 2e-2))
         if golden.get("quantized") and not goldens.is_quantized(model):
             tolerance = max(tolerance, _DEQUANTIZED)
-    return [_tokens(tokenizer, golden), _stops(folder, golden), _loss(model, golden, dtype, tolerance)]
+    loss = _loss(model, golden, dtype, tolerance, owner)
+    return [_tokens(tokenizer, golden), _stops(folder, golden), loss]
 
 
 def _find(*near: Path) -> Path:
@@ -130,10 +135,10 @@ def _stops(folder: Path, golden: dict[str, Any]) -> Check:
     return Check("stop tokens", True, f"generation stops at {sorted(golden['stop_tokens'])}")
 
 
-def _loss(model: PreTrainedModel, golden: dict[str, Any], dtype: str, tolerance: float) -> Check:
+def _loss(model: PreTrainedModel, golden: dict[str, Any], dtype: str, tolerance: float, owner: str) -> Check:
     found, expected = golden_loss(model, golden), golden["loss"]
     off = abs(found - expected) / max(abs(expected), 1e-9)
-    what = f"{found:.6g} ({dtype}), the run had {expected:.6g} ({golden['dtype']}): {off:.1e} apart, relative"
+    what = f"{found:.6g} ({dtype}), {owner} had {expected:.6g} ({golden['dtype']}): {off:.1e} apart, relative"
     return Check(f"loss on {len(golden['examples'])} {golden['part']} examples", off <= tolerance, what)
 
 

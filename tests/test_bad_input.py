@@ -308,6 +308,12 @@ def an_unknown_class_of_pefts(place: Place) -> list[str]:
     return place.fit("--model.adapter", "Peft", "--model.adapter.config", "{class_path: peft.IA3Confg}")
 
 
+@says("model.adapter.config: no class is named 'IA3Confg'", "did you mean IA3Config?")
+def an_unknown_bare_class_of_pefts(place: Place) -> list[str]:
+    config = "model: {adapter: {class_path: Peft, init_args: {config: IA3Confg}}}"
+    return place.fit("--config", place.file("my.yaml", config))
+
+
 @says("model.optimizer", "no class is named 'torch.optim.AdmW'", "did you mean AdamW?")
 def an_unknown_optimizer(place: Place) -> list[str]:
     return place.fit("--model.optimizer", "torch.optim.AdmW")

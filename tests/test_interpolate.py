@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from lightning_sft import SFTError
 from lightning_sft.__main__ import main
+from lightning_sft.export import export
 from lightning_sft.interpolate import interpolate
 from lightning_sft.run_folder import CHECKPOINTS
+from lightning_sft.verify import verify
 
 
 @pytest.fixture
@@ -41,8 +46,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def losses(folder: Path, run: Path, texts: list[str]) -> tuple[float, float]:
     """Validation and general loss of a model folder, row by row."""
-    import transformers
-
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     golden = json.loads((run / "goldens.json").read_text())
@@ -62,8 +65,6 @@ def losses(folder: Path, run: Path, texts: list[str]) -> tuple[float, float]:
 
 @pytest.mark.parametrize("adapter", ["Full", "LoRA"])
 def test_a_point_has_the_weights_between(adapter, copy, general, model_folder, tmp_path):
-    from lightning_sft.export import export
-
     run = copy(adapter)
     interpolate(str(run), points="0,0.25,1", general=general, write=0.25, output=str(tmp_path / "quarter"))
     tuned, found_in = run / "model", tmp_path / "quarter"
@@ -84,6 +85,35 @@ def test_a_point_has_the_weights_between(adapter, copy, general, model_folder, t
         json.loads((place / "generation_config.json").read_text()) for place in (found_in, run / "model")
     ]
     assert stops[0]["eos_token_id"] == stops[1]["eos_token_id"]
+
+
+def test_the_model_that_is_written_says_what_it_is_and_is_verified_by_its_own_score(copy, general, capsys):
+    run = copy("LoRA")
+    interpolate(str(run), points="0,1", general=general, write=0.5, average=["last.ckpt"])
+    folder = run / "interpolated-0.5"
+    base, half, tuned = json.loads((run / "interpolation.json").read_text())
+    assert (base["alpha"], half["alpha"], tuned["alpha"]) == (0, 0.5, 1)
+    card = (folder / "README.md").read_text()
+    assert "base + 0.5 · (tuned − base)" in card
+    assert "mean of these checkpoints: last.ckpt" in card
+    assert f"| validation loss (nats per token) | {half['validation']:.4g} |" in card
+    assert f"| loss on general text (nats per token) | {half['general']:.4g} |" in card
+    assert "## Scores of the tuned model" in card
+    export(str(folder), dtype="bfloat16")
+    assert "base + 0.5" in (run / "model-bfloat16" / "README.md").read_text()
+    capsys.readouterr()
+    for model in (folder, run / "model-bfloat16"):
+        verify(str(model))
+        assert f"α = 0.5 between base and tuned model had {half['validation']:.6g}" in capsys.readouterr().out
+    golden = json.loads((run / "goldens.json").read_text())  # a run in fewer bits allows the point no more
+    (run / "goldens.json").write_text(json.dumps({**golden, "quantized": True, "dtype": "bfloat16"}))
+    off = {**half, "validation": half["validation"] * 1.01, "average": []}
+    (folder / "interpolation.json").write_text(json.dumps(off))
+    with pytest.raises(SFTError, match="loss on 4 val examples"):
+        verify(str(folder))
+    (folder / "interpolation.json").write_text("[]")
+    with pytest.raises(SFTError, match="isn't as `interpolate` writes it"):
+        verify(str(folder))
 
 
 @pytest.mark.parametrize("adapter", ["Full", "LoRA"])
@@ -120,6 +150,29 @@ def test_mistakes_are_told(copy, tmp_path, general):
     assert sorted(run.rglob("*")) == before
     with pytest.raises(SFTError, match="no run folder"):
         interpolate(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"use_dora": True}, "magnitude"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight"),
+        ({"trainable_token_indices": [3]}, "trainable_tokens"),
+    ],
+)
+def test_what_is_not_scaled_is_no_point_between(options, part, copy, general, model_folder):
+    run = copy("LoRA")
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder("llama"))
+    base.name_or_path = str(model_folder("llama"))
+    config = LoraConfig(target_modules=["q_proj"], **options)
+    get_peft_model(base, config).save_pretrained(run / "model")
+    with pytest.raises(SFTError, match=f"trained .*{part}.*, which isn't scaled"):
+        interpolate(str(run), general=general)
+    if part == "trainable_tokens":  # rows that the base hasn't
+        written = yaml.safe_load((run / "config.yaml").read_text())
+        written["model"]["new_tokens"] = ["<new>"]
+        (run / "config.yaml").write_text(yaml.safe_dump(written))
+        interpolate(str(run), points="1", general=general)
 
 
 @pytest.mark.slow

@@ -141,7 +141,24 @@ def load_trained(
         trust_remote_code=trust_remote_code,
         key=f"the base of {folder}",
     )
-    return put_on(model.dequantize() if whole_base and quantization is not None else model, folder)
+    return put_on(_dequantized(model) if whole_base and quantization is not None else model, folder)
+
+
+def _dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with ordinary weights, in layers of the kind that it had before: GPT-2's hold them transposed."""
+    from torch.nn import Parameter
+    from transformers.pytorch_utils import Conv1D
+
+    transposed = [
+        name for name, layer in model.named_modules() if getattr(layer, "source_cls", None) is Conv1D
+    ]
+    model = model.dequantize()
+    for name in transposed:
+        linear = model.get_submodule(name)
+        layer = Conv1D(linear.out_features, linear.in_features)
+        layer.weight, layer.bias = Parameter(linear.weight.data.T.contiguous()), linear.bias
+        model.set_submodule(name, layer)
+    return model
 
 
 def put_on(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

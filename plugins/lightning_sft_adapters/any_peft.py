@@ -108,7 +108,17 @@ class Peft(PeftAdapter):
             SFTError: The options don't fit each other or the model.
         """
         import torch
+        from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
+        embedding = model.get_input_embeddings()
+        (name,) = (name for name, part in model.named_modules() if part is embedding)
+        known = name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+        if getattr(self.config(model), "ensure_weight_tying", False) and not known:
+            raise SFTError(  # it would tie them in training, and not when the adapter is loaded
+                f"peft can't tie adapters of {name}: it looks for {' and '.join(EMBEDDING_LAYER_NAMES)}",
+                where="model.adapter (Peft)",
+                fix="leave ensure_weight_tying out",
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch.initial_seed())
             return super().prepare(model)

@@ -156,6 +156,8 @@ class LoRA(PeftAdapter):
             )
         lora_checks.check_patterns(self)
         lora_checks.check_tokens(self, model)
+        with self.refusing():
+            lora_checks.check_embeddings(self, model, moves_base=self.init in _MOVES_BASE)
         before = [name for name, _ in model.named_modules()]
         with torch.random.fork_rng(devices=[], enabled=self.init == "pissa_fast"):
             if (

@@ -104,6 +104,59 @@ def check_tokens(adapter: LoRA, model: heavy.PreTrainedModel) -> None:
                 )
 
 
+def check_embeddings(adapter: LoRA, model: heavy.PreTrainedModel, *, moves_base: bool) -> None:
+    """Refuse two ways to train the same embedding, and taking a weight apart that two layers share.
+
+    Args:
+        adapter: The options.
+        model: The model without the adapter.
+        moves_base: Whether `init` takes a part out of the base's weights.
+
+    Raises:
+        SFTError: The options ask for one of these.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = [name for name, part in model.named_modules() if part is embedding or part is head]
+    tied = head is not None and head.weight is embedding.weight
+    config = adapter.config(model)
+    adapted = [name for name in names if check_target_module_exists(config, name)]
+    if tied and moves_base and adapted:
+        raise _refused(
+            adapter,
+            "init",
+            f"init {adapter.init} takes the weight of {adapted[0]} apart, which the input and the output embedding "
+            "share",
+            "use init: default, or leave it out of target_modules",
+        )
+    rows = config.trainable_token_indices
+    if not rows:
+        return
+    layers = dict(model.named_modules())
+    with_rows = [
+        name
+        for name in names
+        if (name.endswith(tuple(rows)) if isinstance(rows, dict) else layers[name] is embedding)
+    ]
+    if tied and with_rows:
+        with_rows = names
+    if both := [name for name in with_rows if name in adapted]:
+        raise _refused(
+            adapter,
+            "target_modules",
+            f"{both[0]} can't get both low-rank updates and rows of its own (trainable_tokens, model.new_tokens)",
+            "leave it out of target_modules",
+        )
+    if both := [name for name in with_rows if name.endswith(tuple(adapter.modules_to_save or ()))]:
+        raise _refused(
+            adapter,
+            "modules_to_save",
+            f"{both[0]} can't be trained both in full and by rows (trainable_tokens, model.new_tokens)",
+            f"train all in full: modules_to_save: [{', '.join(with_rows)}], without trainable_tokens",
+        )
+
+
 def check_ranks(adapter: LoRA, adapted: Any, name: str) -> None:
     """Refuse ranks that no decomposition of a weight, or of what goes into it, has.
 

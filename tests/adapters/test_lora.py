@@ -48,9 +48,9 @@ def saved(model_folder, rows, tmp_path_factory):
     return run
 
 
-def configured(model_folder, adapter) -> SFTModule:
+def configured(model_folder, adapter, family: str = "llama") -> SFTModule:
     torch.manual_seed(0)
-    module = SFTModule(str(model_folder("llama")), adapter)
+    module = SFTModule(str(model_folder(family)), adapter)
     module.configure_model()
     module.eval()
     return module
@@ -363,3 +363,41 @@ def test_compiled_blocks_give_the_same_steps(name, model_folder, rows) -> None:
         )
     ]
     assert all(torch.allclose(p, weights[1][n], rtol=1e-3, atol=1e-5) for n, p in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("family", "adapter", "message", "fix"),
+    [
+        ("gemma3", lambda: LoRA(target_modules=["lm_head"], init="pissa"), "weight of lm_head apart", "out of targ"),
+        ("llama", lambda: LoRA(target_modules=["embed_tokens"], trainable_tokens=[3]), "both low-rank", "target_mod"),
+        ("gemma3", lambda: LoRA(target_modules=["lm_head"], trainable_tokens=[3]), "lm_head can't get both", "out"),
+        (
+            "gemma3", lambda: LoRA(modules_to_save=["lm_head"], trainable_tokens=[3]), "in full and by rows",
+            "modules_to_save: \\[model.embed_tokens, lm_head\\], without",
+        ),
+        (
+            "gpt2", lambda: Peft(peft.LoraConfig(target_modules=["lm_head"], ensure_weight_tying=True)),
+            "can't tie adapters of transformer.wte", "leave ensure_weight_tying out",
+        ),
+    ],
+)  # fmt: skip
+def test_two_adapters_of_one_embedding_are_refused(family, adapter, message, fix, model_folder) -> None:
+    with pytest.raises(SFTError, match=message) as caught:
+        configured(model_folder, adapter(), family)
+    assert re.search(fix, caught.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"target_modules": ["lm_head"], "init": "pissa"}),
+        ("llama", {"target_modules": ["lm_head"], "trainable_tokens": [3]}),
+        ("llama", {"modules_to_save": ["lm_head"], "trainable_tokens": [3]}),
+        ("gemma3", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    ],
+)
+def test_what_belongs_to_two_layers_is_not_refused(family, options, model_folder) -> None:
+    """Untied embeddings, and what the advice says."""
+    assert any(
+        p.requires_grad for p in configured(model_folder, LoRA(r=2, **options), family).loaded.parameters()
+    )
