@@ -102,6 +102,7 @@ def write(
             raise SFTError(
                 f"the adapter can't be merged: {error}", where=str(source), fix="use it with its base"
             ) from error
+        del trained
     save(
         model, tokenizer, source, output,
         stored=getattr(torch, dtype) if dtype else stored, max_shard_size=max_shard_size,
