@@ -101,9 +101,13 @@ class Evaluation:
                 continue
             with self._base_of(module) if part == BASE else _itself(module) as model:
                 scorer = Scorer(model, module.tokenizer, module.renderer, batch_tokens=self.batch_tokens)
+                identity = _identity(scorer, str(module.trainer.precision))
                 for name in names:
                     begun = time.perf_counter()
-                    answers[part][name] = self._answer(module, scorer, asked[name], part, name)
+                    journal = Journal(self.folder / ITEMS / part / name, identity, module.trainer.global_rank)
+                    answers[part][name] = self._answer(
+                        module, scorer, asked[name], journal, f"{name} ({part})"
+                    )
                     seconds[name] += time.perf_counter() - begun
         for name, evaluator in self.evaluators.items():
             begun = time.perf_counter()
@@ -149,21 +153,20 @@ class Evaluation:
             yield model
 
     def _answer(
-        self, module: SFTModule, scorer: Scorer, items: Sequence[Item], part: str, name: str
+        self, module: SFTModule, scorer: Scorer, items: Sequence[Item], journal: Journal, what: str
     ) -> list[Answered]:
         """All items answered, by this process or the others."""
         trainer = module.trainer
         rank, world = _share_of(module)
-        identity = _identity(scorer, str(trainer.precision))
-        journal = Journal(self.folder / ITEMS / part / name, identity, trainer.global_rank)
-        known = answered_before(items, journal.known())
-        trainer.strategy.barrier()  # before any process rewrites its file
+        # What the first process knows, for all, before any of them rewrites its file: what is left has to be the same
+        # everywhere, also with a sharded model (each process has responses of its own) or a disk of each machine.
+        known = trainer.strategy.broadcast(answered_before(items, journal.known()))
         left = [number for number in range(len(items)) if number not in known]
         mine = left[rank::world]
         if known and trainer.is_global_zero:
-            print(f"{name}: {len(known)} of {len(items)} items were answered before")
+            print(f"{what}: {len(known)} of {len(items)} items were answered before")
         streamed = journal.write(scorer.stream_items([items[number] for number in mine]))
-        with self._progress(trainer, f"{name} ({part})", len(mine)) as advance:
+        with self._progress(trainer, what, len(mine)) as advance:
             fresh = {}
             for index, answered in streamed:
                 fresh[mine[index]] = answered

@@ -198,7 +198,7 @@ def test_responses_in_another_precision_are_not_taken(here, capsys):
         )
         found.append([record["scores"] for record in records(here / "two", "MMLU")])
     assert found[0] != found[1] == found[2]
-    assert capsys.readouterr().out.count("MMLU: 9 of 9 items were answered before") == 1
+    assert capsys.readouterr().out.count("MMLU (model): 9 of 9 items were answered before") == 1
 
 
 @pytest.mark.parametrize(
