@@ -308,6 +308,11 @@ def an_unknown_class_of_pefts(place: Place) -> list[str]:
     return place.fit("--model.adapter", "Peft", "--model.adapter.config", "{class_path: peft.IA3Confg}")
 
 
+@says("trainer.callbacks", "no class is named 'ForgetingProbe'", "did you mean ForgettingProbe?")
+def an_unknown_probe(place: Place) -> list[str]:
+    return place.fit("--trainer.callbacks", "[{class_path: ForgetingProbe}]")
+
+
 @says("model.optimizer", "no class is named 'torch.optim.AdmW'", "did you mean AdamW?")
 def an_unknown_optimizer(place: Place) -> list[str]:
     return place.fit("--model.optimizer", "torch.optim.AdmW")

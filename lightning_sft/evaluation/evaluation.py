@@ -180,9 +180,11 @@ class Evaluation:
         if not (self.show_progress and trainer.is_global_zero):
             yield lambda: None
             return
+        from rich.console import Console
         from rich.progress import Progress
 
-        with Progress(transient=True) as progress:
+        console = Console()
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(what, total=total)
             yield lambda: progress.advance(task)
 
