@@ -167,10 +167,11 @@ class MemorizationProbe(Probe):
                 warnings.warn(f"{said}: training rows are learned by heart", stacklevel=2)
 
     def told(self, record: dict[str, Any]) -> str:
-        """Gap, AUC and verbatim answers."""
+        """Gap, AUC and verbatim answers, and the canaries' exposure."""
+        exposed = f", exposure {record['exposure']:.1f} bits" if "exposure" in record else ""
         return (
             f"step {record['step']}: memorization gap {record['gap']:.3f}, AUC {record['auc']:.2f}, "
-            f"verbatim {record['verbatim']:.0%} (held out {record['verbatim_held_out']:.0%})"
+            f"verbatim {record['verbatim']:.0%} (held out {record['verbatim_held_out']:.0%}){exposed}"
         )
 
 

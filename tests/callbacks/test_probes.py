@@ -160,6 +160,7 @@ def test_no_canary_is_held_out_left_over_or_asked_for_without_being_planted(trai
     held_out, trained = (data.prepared[part].sources.tolist() for part in ("val", "train"))
     assert (held_out, trained) == ([0] * 7, [0, 1, 1, 1, 1])
     assert len(probe.canaries) == 4
+    assert probe.told({**probe.history[-1], "exposure": 2.25}).endswith("exposure 2.2 bits")
     assert SFTDataModule(canaries=path).sources["train"] == []  # nothing is trained on by itself
     with pytest.raises(SFTError, match="filtered by Length") as caught:
         train(steps=1, canaries=path, filters=[Length(least=3)])
