@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -287,13 +288,14 @@ def test_a_run_s_evaluators_are_no_business_of_commands_without_weights(here, ca
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(here):
     base = [sys.executable, "-m", "lightning_sft", "evaluate", "--config", "my.yaml", "--source", "runs/my-1"]
-    two = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
-    for extra in (["--output", "single"], ["--output", "double", *two]):
+    two = ["--trainer.devices", "2", "--trainer.strategy"]
+    for extra in (["single"], ["double", *two, "ddp"], ["sharded", *two, "fsdp2"]):
+        extra = ["--output", *extra]
         subprocess.run([*base, "--baseline", "true", *extra], check=True, capture_output=True, timeout=300)
     assert results(here / "double")["model"]["processes"] == 2
-    for part in ("model", "base"):
+    for folder, part in product(("double", "sharded"), ("model", "base")):
         for name in ("MMLU", "MMLU-2", "Perplexity"):
-            one, other = records(here / "single", name, part), records(here / "double", name, part)
+            one, other = records(here / "single", name, part), records(here / folder, name, part)
             assert [r["generated"] for r in one] == [r["generated"] for r in other]
             assert [r["answer"] for r in one] == [r["answer"] for r in other]
             for a, b in zip(one, other, strict=True):
