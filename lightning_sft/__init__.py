@@ -61,6 +61,7 @@ _HOME = {
     "text_losses": "lightning_sft.evaluation.divergence",
     "turns": "lightning_sft.conversation",
     "full_tensor": "lightning_sft.training.shards",
+    "checksum": "lightning_sft.training.fingerprint",
 }
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ if TYPE_CHECKING:
     from lightning_sft.example import Example
     from lightning_sft.rendering import Renderer, RenderPolicies
     from lightning_sft.row_template import RowExpression, RowTemplate
+    from lightning_sft.training.fingerprint import checksum
     from lightning_sft.training.module import SFTModule
     from lightning_sft.training.shards import full_tensor
 
@@ -156,6 +158,7 @@ __all__ = [
     "TokenBatch",
     "ToolCall",
     "Verdict",
+    "checksum",
     "full_tensor",
     "is_valid_format",
     "read_conversations",

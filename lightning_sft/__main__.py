@@ -24,7 +24,7 @@ COMMANDS = {
     "export": "write the trained model of a run folder as one that transformers loads",
     "verify": "prove that an exported model is the one that was trained",
     "interpolate": "score models between base and tuned, and write one",
-    "data": "convert data files from one format to another",
+    "data": "convert data files from one format to another, or write canaries",
     "plugins": "list, explain, check and begin formats, adapters, losses and other plug-ins",
 }
 """The commands, with the line on each in the overview."""

@@ -28,7 +28,7 @@ from lightning_sft.training import strategies
 from lightning_sft.training.checkpoints import AtomicCheckpointIO, LastCheckpoint
 from lightning_sft.training.launching import use_launcher
 from lightning_sft.training.metrics_file import MetricsFile
-from lightning_sft.training.models import load_checkpoint
+from lightning_sft.training.models import is_adapter, load_checkpoint
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.progress import Progress
 from lightning_sft.training.resuming import end_also_when_killed, position
@@ -121,11 +121,7 @@ class SFTCommand(LightningCLI):
         chosen = self.config[self.subcommand]
         for part in ("train", "val", "test"):
             _refuse_broken_list(f"data.{part}", chosen.data[part])
-        strategy = chosen.trainer.strategy
-        named = isinstance(strategy, str)
-        strategies.check_name(strategy if named else strategy.class_path, given=named)
-        for each in (chosen.trainer.precision, *_as_list(chosen.trainer.plugins)):
-            strategies.check_precision(str(getattr(each, "class_path", each)))
+        strategies.check_options(chosen.trainer)
         if self.subcommand != "fit":
             if chosen.ckpt_path is not None:
                 chosen.ckpt_path = str(
@@ -262,11 +258,12 @@ class SFTCommand(LightningCLI):
                 fix="raise trainer.max_epochs, max_steps or max_time",
             )
         if self.folder is not None and self.trainer.is_global_zero:
+            merge = " --merge" if is_adapter(self.folder / run_folder.MODEL) else ""
             print(
                 f"\nThe run is in {self.folder}: "
                 "config.yaml, metrics.csv, ledger.json, checkpoints/, model/\n"
                 f'Try it:   lightning-sft generate {self.folder} --prompt "..."\n'
-                f"Export:   lightning-sft export {self.folder} --merge"
+                f"Export:   lightning-sft export {self.folder}{merge}"
             )
 
 

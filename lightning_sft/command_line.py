@@ -229,7 +229,7 @@ def explain(message: str, options: Iterable[str]) -> SFTError:
             except SFTError as error:
                 return error.at(where) if where else error
         name = unknown.group(1)
-        known = _imported_subclasses(message) or [plugin.name for plugin in plugins.discover()]
+        known = [*_imported_subclasses(message), *(plugin.name for plugin in plugins.discover())]
         fix = _nearest(name, known) or "give its full class path"
         return SFTError(f"no class is named {name!r}", where=where, fix=fix)
     if absent := _NOT_IN_MODULE.search(message):
@@ -328,6 +328,7 @@ def quieten() -> None:
         "Be aware that when using `ckpt_path`, callbacks used to create.*",
         "You're resuming from a checkpoint that ended before the epoch ended and your dataloader is not",
         "`loftq_config` specified but will be ignored.*",  # which jsonargparse makes for every LoraConfig
+        r"You passed `Trainer\(accelerator='cpu', precision='16-mixed'\)`",  # which is refused
         "The dirpath has changed from .*checkpoints.* won't be reloaded",
     ):
         warnings.filterwarnings("ignore", message)

@@ -9,7 +9,9 @@ from jsonargparse import Namespace
 
 from lightning_sft import assets, chat_templates
 
-_BARE = frozenset(("base", "tokenizer", "chat_template", "train", "val", "test"))
+_BARE = frozenset(
+    "base tokenizer chat_template train val test canaries path questions held_out init_from".split()
+)
 """Options that may be the plain name of a file or folder; any other's value has to look like a path (`a/b`, `a.b`)."""
 
 

@@ -314,6 +314,11 @@ def an_unknown_bare_class_of_pefts(place: Place) -> list[str]:
     return place.fit("--config", place.file("my.yaml", config))
 
 
+@says("trainer.callbacks", "no class is named 'ForgetingProbe'", "did you mean ForgettingProbe?")
+def an_unknown_probe(place: Place) -> list[str]:
+    return place.fit("--trainer.callbacks", "[{class_path: ForgetingProbe}]")
+
+
 @says("model.optimizer", "no class is named 'torch.optim.AdmW'", "did you mean AdamW?")
 def an_unknown_optimizer(place: Place) -> list[str]:
     return place.fit("--model.optimizer", "torch.optim.AdmW")

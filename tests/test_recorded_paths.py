@@ -12,7 +12,7 @@ def test_what_is_here_becomes_absolute_and_nothing_else(tmp_path, monkeypatch):
     for name in ("base", "tiny", "plain", "q_proj", "org", "runs"):
         (tmp_path / name).mkdir()
     (tmp_path / "org" / "model").mkdir()
-    for name in ("a.jsonl", "b.jsonl", "my.jinja"):
+    for name in ("a.jsonl", "my.jinja"):
         (tmp_path / name).touch()
     adapter = {
         "class_path": "LoRA",
@@ -21,7 +21,7 @@ def test_what_is_here_becomes_absolute_and_nothing_else(tmp_path, monkeypatch):
     given = Namespace(
         model=Namespace(base="base", chat_template="plain", tokenizer=None, adapter=adapter),
         data=Namespace(
-            train=["a.jsonl", Namespace(path="b.jsonl", weight=2.0)], val="tiny:held_out", test="none.jsonl"
+            train=["a.jsonl", Namespace(path="plain", weight=2.0)], val="tiny:held_out", test="none.jsonl"
         ),
         trainer=Namespace(callbacks=[{"init_args": {"questions": "./a.jsonl", "delimiter": "."}}]),
     )
@@ -33,7 +33,7 @@ def test_what_is_here_becomes_absolute_and_nothing_else(tmp_path, monkeypatch):
         "beside": {"facts": f"{here}/org/model"},
     }
     assert found.data == Namespace(
-        train=[f"{here}/a.jsonl", Namespace(path=f"{here}/b.jsonl", weight=2.0)],
+        train=[f"{here}/a.jsonl", Namespace(path=f"{here}/plain", weight=2.0)],
         val="tiny:held_out",
         test="none.jsonl",
     )

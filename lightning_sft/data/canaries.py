@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning_sft.errors import SFTError
+
+if TYPE_CHECKING:
+    from lightning_sft.data.ledger import SourceLedger
 
 DIGITS = 9
 _SYLLABLES = ("ba", "ko", "ri", "tu", "ven", "mar", "sol", "pe", "ga", "lin", "do", "fe")
@@ -49,6 +54,27 @@ def rows(count: int, seed: int) -> list[dict[str, str]]:
         {"instruction": f"What is the code of {name}?", "input": "", "output": secret(numbers)}
         for name in names
     ]
+
+
+def check_planted(ledgers: Sequence[SourceLedger]) -> None:
+    """Refuse to train without some of the canaries, which would count as forgotten.
+
+    Args:
+        ledgers: Those of the canaries.
+
+    Raises:
+        SFTError: Some were filtered, dropped or cut.
+    """
+    for ledger in ledgers:
+        lost = [f"filtered by {name}" for name in ledger.filtered] + [
+            reason for reason, _ in ledger.by_reason
+        ]
+        if lost:
+            raise SFTError(
+                f"some canaries wouldn't be trained on: {', '.join(lost)}",
+                where=f"data.canaries: {ledger.source}",
+                fix="change data.filters or data.max_length, or leave the canaries out",
+            )
 
 
 def secret(numbers: random.Random) -> str:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_sft.bases import Filter
 from lightning_sft.data.batch import Batch
 from lightning_sft.data.cache import default_folder
+from lightning_sft.data.canaries import check_planted
 from lightning_sft.data.ledger import check_losses
 from lightning_sft.data.loading import Examples, PlanSampler, as_it_is
 from lightning_sft.data.mixture import check_weights, draw, rows_per_epoch
@@ -24,7 +25,7 @@ from lightning_sft.data.plan import BatchPlan
 from lightning_sft.data.prepare import Prepared, check_ids, prepare
 from lightning_sft.data.sources import Source, Sources, as_sources
 from lightning_sft.data.split import shared_prompts, split_indices
-from lightning_sft.data.truncation import Overlong
+from lightning_sft.data.truncation import Overlong, longest
 from lightning_sft.data.workers import cores
 from lightning_sft.errors import SFTError
 
@@ -105,8 +106,12 @@ class SFTDataModule(LightningDataModule):
         _at_least("pack_length", pack_length, 2)
         check_options(batch_tokens, packing, pack_length, order)
         self.canaries = as_sources([canaries] if canaries else None)
-        trained = as_sources(train) + self.canaries
-        self.sources = {"train": trained, "val": as_sources(val), "test": as_sources(test)}
+        trained = as_sources(train)
+        self.sources = {
+            "train": trained and trained + self.canaries,
+            "val": as_sources(val),
+            "test": as_sources(test),
+        }
         check_weights(self.sources)
         self.filters = filters or []
         self.val_split = val_split
@@ -326,16 +331,8 @@ class SFTDataModule(LightningDataModule):
                 f"no data is given for {part}", where=f"data.{part}", fix="give a file, folder or Hub id"
             )
         module = self._module
-        if self.max_length is not None and self.max_length < 2:
-            raise SFTError(f"max_length is {self.max_length}", where="data.max_length", fix="give at least 2")
         context = module.context_length
-        if self.max_length is not None and context is not None and self.max_length > context:
-            raise SFTError(
-                f"max_length {self.max_length} is more than the model's context of {context}",
-                where="data.max_length",
-                fix=f"give at most {context}, or leave it out",
-            )
-        limit = context if self.max_length is None else self.max_length
+        limit = longest(self.max_length, context)
         prepared = prepare(
             self.sources[part],
             module.renderer,
@@ -352,6 +349,8 @@ class SFTDataModule(LightningDataModule):
             context=context,
             overlong=self.overlong,
         )
+        if part == "train":
+            check_planted(prepared.ledgers[len(prepared.ledgers) - len(self.canaries) :])
         check_ids(prepared, module.tokenizer, module.vocabulary)
         self.prepared[part] = prepared
 
@@ -359,7 +358,8 @@ class SFTDataModule(LightningDataModule):
         if self.val_split is None or "val" in self.prepared:
             return
         whole = self.prepared["train"]
-        train, val = split_indices(whole.keys, validation=self.val_split, seed=self.split_seed)
+        planted = whole.sources >= len(self.sources["train"]) - len(self.canaries)  # all trained on
+        train, val = split_indices(whole.keys, validation=self.val_split, seed=self.split_seed, kept=planted)
         self.prepared["train"] = whole.part(train)
         self.prepared["val"] = replace(whole.part(val), ledgers=[])
 

@@ -221,7 +221,9 @@ def _parse(text: str, where: str, fix: str) -> object:
     except json.JSONDecodeError as error:
         line = "" if error.lineno == 1 else f"line {error.lineno}, "
         raise SFTError(
-            f"malformed JSON at {line}column {error.colno}: {error.msg}", where=where, fix=fix
+            f"malformed JSON at {line}column {error.colno}: {error.msg.removesuffix(' at')}",
+            where=where,
+            fix=fix,
         ) from error
     except (ValueError, RecursionError) as error:
         raise SFTError(f"the JSON can't be read: {error}", where=where) from error

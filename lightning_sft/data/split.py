@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from lightning_sft.conversation import Conversation, Segments
 from lightning_sft.errors import SFTError
@@ -40,7 +40,9 @@ def _normal(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def split_indices(keys: ArrayLike, *, validation: float | int, seed: int) -> tuple[list[int], list[int]]:
+def split_indices(
+    keys: ArrayLike, *, validation: float | int, seed: int, kept: NDArray[np.bool_] | None = None
+) -> tuple[list[int], list[int]]:
     """The rows to train on and the rows to hold out, in ascending order; rows with one key stay together.
 
     Which keys are held out depends on the keys, their counts and the seed, not on the order of the rows.
@@ -50,11 +52,13 @@ def split_indices(keys: ArrayLike, *, validation: float | int, seed: int) -> tup
         validation: How many rows to hold out: a fraction between 0 and 1, or a number of rows (a whole 50.0
             is 50 rows). Where whole groups don't give that number, a near one.
         seed: Which rows to hold out.
+        kept: Rows that are trained on whatever is held out; they don't count.
 
     Raises:
         SFTError: The size is neither, or one side would have no rows.
     """
-    each = np.asarray(keys)
+    free = np.arange(np.size(keys)) if kept is None else np.flatnonzero(~kept)
+    each = np.asarray(keys)[free]
     target = _target(len(each), validation)
     values, group_of, counts = np.unique(each, return_inverse=True, return_counts=True)
     if len(values) < 2:
@@ -77,7 +81,8 @@ def split_indices(keys: ArrayLike, *, validation: float | int, seed: int) -> tup
     overshoot = sizes[smallest] - missing
     if not chosen.any() or (overshoot < missing and len(left) > 1):
         chosen[smallest] = True
-    held_out = chosen[group_of]
+    held_out = np.zeros(np.shape(keys), dtype=bool)
+    held_out[free] = chosen[group_of]
     return np.flatnonzero(~held_out).tolist(), np.flatnonzero(held_out).tolist()
 
 

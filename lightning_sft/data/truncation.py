@@ -48,6 +48,25 @@ if TYPE_CHECKING:
 Overlong = Literal["drop", "truncate_right", "truncate_left", "drop_oldest_turns", "split"]
 
 
+def longest(max_length: int | None, context: int | None) -> int | None:
+    """Most tokens of an example, of what is asked for and the model's context; None is no limit.
+
+    Raises:
+        SFTError: `max_length` is below 2, or above the context.
+    """
+    if max_length is None:
+        return context
+    if max_length < 2:
+        raise SFTError(f"max_length is {max_length}", where="data.max_length", fix="give at least 2")
+    if context is not None and max_length > context:
+        raise SFTError(
+            f"max_length {max_length} is more than the model's context of {context}",
+            where="data.max_length",
+            fix=f"give at most {context}, or leave it out",
+        )
+    return max_length
+
+
 def fit(
     renderer: Renderer,
     conversation: Conversation | Segments,

@@ -170,8 +170,9 @@ class Evaluation:
         """All items answered, by this process or the others."""
         trainer = module.trainer
         rank, world = _share_of(module)
-        known = answered_before(items, journal.known())
-        trainer.strategy.barrier()  # before any process rewrites its file
+        # What the first process knows, for all, before any of them rewrites its file: what is left has to be the same
+        # everywhere, also with a sharded model (each process has responses of its own) or a disk of each machine.
+        known = trainer.strategy.broadcast(answered_before(items, journal.known()))
         left = [number for number in range(len(items)) if number not in known]
         mine = left[rank::world]
         if known and trainer.is_global_zero:
@@ -193,9 +194,11 @@ class Evaluation:
         if not (self.show_progress and trainer.is_global_zero):
             yield lambda: None
             return
+        from rich.console import Console
         from rich.progress import Progress
 
-        with Progress(transient=True) as progress:
+        console = Console()
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(what, total=total)
             yield lambda: progress.advance(task)
 

@@ -98,7 +98,7 @@ def make(config: Any, asked: Sequence[Device]) -> Plan:
     Raises:
         SFTError: Something that the user gave is at fault.
     """
-    strategies.check_name(_strategy(config.trainer.strategy))
+    strategies.check_options(config.trainer)
     module, data = without_weights.instantiated(config)
     here = this_machine(str(config.trainer.accelerator))
     strategy, trainer = _strategy(config.trainer.strategy), _trainer(config.trainer, here)

@@ -17,6 +17,7 @@ from lightning_sft.training.fsdp2 import FSDP2Strategy
 from lightning_sft.training.optimizers import described
 
 if TYPE_CHECKING:
+    from jsonargparse import Namespace
     from lightning.pytorch import Trainer
 
     from lightning_sft.bases import Adapter
@@ -62,6 +63,19 @@ _REFUSED_PRECISIONS = {
     ),
 }
 """By the beginning of a precision's or its plug-in's name, without hyphens: as above."""
+
+
+def check_options(trainer: Namespace) -> None:
+    """Refuse a strategy, a precision or a plug-in for one by what the options say, before Lightning makes them.
+
+    Raises:
+        SFTError: One is known not to work, or no strategy has this name.
+    """
+    strategy, extra = trainer.strategy, trainer.plugins or ()
+    named = isinstance(strategy, str)
+    check_name(strategy if named else strategy.class_path, given=named)
+    for each in (trainer.precision, *(extra if isinstance(extra, list) else [extra])):
+        check_precision(str(getattr(each, "class_path", each)))
 
 
 def check_name(name: str, *, given: bool = False) -> None:

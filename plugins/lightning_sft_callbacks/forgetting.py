@@ -233,14 +233,9 @@ class ForgettingProbe(Probe):
         if trainer.global_step:
             if "key" not in self._saved:
                 return  # the base class says what is wrong
-            digests = {loaded.domain.name: loaded.digest for loaded in self._loaded}
-            for name in digests | self._saved["digests"]:
-                if digests.get(name) != self._saved["digests"].get(name):
-                    raise SFTError(
-                        f"the domain {name} isn't what it was when the run began, so nothing can be compared",
-                        where="ForgettingProbe.domains",
-                        fix="bring its data and options back, or start a new run",
-                    )
+            for loaded in self._loaded:
+                if loaded.digest != self._saved["digests"][loaded.domain.name]:
+                    raise _changed(loaded.domain.name)
             found = references.load(folder / f"{self._saved['key']}.safetensors")
             predictions = found.predictions if found is not None else {}
             if keep and found is None and any(loaded.texts for loaded in self._loaded):
@@ -288,6 +283,8 @@ class ForgettingProbe(Probe):
         sizes = {loaded.domain.name: loaded.size for loaded in self._loaded}
         validation = module.data.prepared.get("val")
         sizes["task"] = 0 if validation is None else len(validation.examples)
+        if self.asked and (other := sizes.keys() ^ self.asked.keys()):
+            raise _changed(min(other))
         if not self.asked:
             self._plan(module, sizes)
             if trainer.is_global_zero:
@@ -312,7 +309,7 @@ class ForgettingProbe(Probe):
             least = floor if loaded.domain.limit is None else loaded.size
             costs = [passes * cost for cost in loaded.costs(module.tokenizer)]
             parts.append(planned.Part(costs, least, loaded.size))
-        most = sizes["task"] if not sizes["task"] else min(sizes["task"], planned.EXAMPLES)
+        most = min(sizes["task"], planned.EXAMPLES)
         least = planned.QUESTIONS
         if self.task_examples is not None:
             most = least = min(sizes["task"], self.task_examples)
@@ -384,3 +381,11 @@ class ForgettingProbe(Probe):
             self.every_n_steps = state_dict["every_n_steps"]
         for name in _KEPT[1:]:
             setattr(self, name, state_dict[name])
+
+
+def _changed(domain: str) -> SFTError:
+    return SFTError(
+        f"the domain {domain} isn't what it was when the run began, so nothing can be compared",
+        where="ForgettingProbe.domains",
+        fix="bring its data and options back, or start a new run",
+    )

@@ -87,16 +87,14 @@ class MemorizationProbe(Probe):
         self.max_verbatim = max_verbatim
         self.then = then
         self.seed = seed
-        self.canaries = [] if canaries is None else _read_canaries(canaries)
+        self.canaries = [] if canaries is None else _read_canaries(Source(canaries))
         self.candidates = candidates
         self._warned = False
 
     def begin(self, trainer: Trainer, module: SFTModule) -> None:
         """Read the canaries that the data module plants, and measure the base."""
         if not self.canaries:
-            self.canaries = [
-                each for planted in module.data.canaries for each in _read_canaries(planted.path)
-            ]
+            self.canaries = [each for planted in module.data.canaries for each in _read_canaries(planted)]
         super().begin(trainer, module)
 
     def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
@@ -169,21 +167,22 @@ class MemorizationProbe(Probe):
                 warnings.warn(f"{said}: training rows are learned by heart", stacklevel=2)
 
     def told(self, record: dict[str, Any]) -> str:
-        """Gap, AUC and verbatim answers."""
+        """Gap, AUC and verbatim answers, and the canaries' exposure."""
+        exposed = f", exposure {record['exposure']:.1f} bits" if "exposure" in record else ""
         return (
             f"step {record['step']}: memorization gap {record['gap']:.3f}, AUC {record['auc']:.2f}, "
-            f"verbatim {record['verbatim']:.0%} (held out {record['verbatim_held_out']:.0%})"
+            f"verbatim {record['verbatim']:.0%} (held out {record['verbatim_held_out']:.0%}){exposed}"
         )
 
 
-def _read_canaries(path: str) -> list[tuple[str, str]]:
+def _read_canaries(source: Source) -> list[tuple[str, str]]:
     """What each canary asks, and its number.
 
     Raises:
         SFTError: The file can't be read, or a row is no canary; says which.
     """
     found = []
-    for meta, row in read_rows(Source(path)):
+    for meta, row in read_rows(source):
         asked, answer = row.get("instruction"), row.get("output")
         if not isinstance(asked, str) or not isinstance(answer, str) or not answer.isdigit():
             raise SFTError(

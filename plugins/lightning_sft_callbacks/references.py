@@ -13,15 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lightning_sft import Predictions, SFTError, full_tensor, text_losses
+from lightning_sft import Predictions, SFTError, checksum, full_tensor, text_losses
 from lightning_sft_callbacks.retention import Measured
 
 if TYPE_CHECKING:
     from lightning_sft import SFTModule
     from lightning_sft_callbacks.domains import Loaded
 
-_AT_ONCE = 1 << 22
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PARTS = ("tokens", "log_p", "rest", "counts")
 
 
@@ -71,18 +69,6 @@ def key_of(module: SFTModule, domains: Sequence[Loaded], *, frozen_only: bool, k
     asked = {loaded.domain.name: loaded.digest for loaded in domains}
     found.update(json.dumps([asked, keep, str(module.trainer.precision), torch.__version__]).encode())
     return found.hexdigest()[:24]
-
-
-def checksum(tensor: torch.Tensor) -> list[int]:
-    """Two sums over all bits, modulo 2^64, one of them weighted by place; the same on every device."""
-    words = tensor.contiguous().flatten().view(_WORDS[tensor.element_size()])
-    sums = [0, 0]
-    for start in range(0, len(words), _AT_ONCE):
-        part = words[start : start + _AT_ONCE].long()
-        places = torch.arange(start + 1, start + 1 + len(part), device=part.device)
-        sums[0] += int(part.sum())
-        sums[1] += int((part * places).sum())
-    return [each % 2**64 for each in sums]
 
 
 def save(path: Path, baseline: Baseline) -> None:

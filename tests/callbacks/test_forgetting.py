@@ -254,6 +254,11 @@ def test_a_short_run_is_asked_fewer_texts_and_the_same_ones_when_it_goes_on(
     assert resumed.asked == first.asked
     assert resumed.every_n_steps == first.every_n_steps
     assert {"step": 5, **resumed.measure(module.trainer, module)} == first.history[-1]
+    for others in (domains[:2], [*domains, Domain("more", text=texts)]):
+        other = ForgettingProbe(others, cost=0.5)
+        other.load_state_dict(first.state_dict())
+        with pytest.raises(SFTError, match=r"the domain (all|more) isn't what it was"):
+            other.begin(module.trainer, module)
     rows(tmp_path / "asked.jsonl", [{**row, "answer": 1} for row in QUESTIONS * 20])
     other = ForgettingProbe(domains, cost=0.5)
     other.load_state_dict(first.state_dict())

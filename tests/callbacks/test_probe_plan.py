@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_sft import checksum
 from lightning_sft_callbacks.planned import Part, plan, spread, told
-from lightning_sft_callbacks.references import checksum
 
 TEXTS, QUESTIONS, EXAMPLES = Part([300] * 60, 8, 60), Part([20] * 200, 16, 200), Part([40] * 400, 16, 128)
 ALL = 60 * 300 + 200 * 20 + 128 * 40

@@ -35,6 +35,7 @@ from lightning_sft_callbacks.drift import DriftProbe
 from lightning_sft_callbacks.evaluating import EvaluateDuringFit
 from lightning_sft_callbacks.generations import SampleGenerations, statistics
 from lightning_sft_callbacks.memorization import MemorizationProbe, auc
+from lightning_sft_filters.length import Length
 
 ROWS = [{"instruction": f"say {n}", "output": "how are you? " * (1 + n % 3) + str(n)} for n in range(12)]
 
@@ -149,6 +150,21 @@ def test_canaries_of_the_data_module_are_trained_and_asked_for(train, tmp_path):
     module = train(planted, named, steps=1, canaries=path)
     assert len(module.data.prepared["train"].examples) == 8 + 3
     assert planted.history[0]["exposure"] == named.history[0]["exposure"]
+
+
+def test_no_canary_is_held_out_left_over_or_asked_for_without_being_planted(train, tmp_path):
+    path = str(tmp_path / "canaries.jsonl")
+    canaries(path, count=6)
+    probe = MemorizationProbe(candidates=2)
+    data = train(probe, steps=1, val=False, canaries=Source(path, limit=4), val_split=7).data
+    held_out, trained = (data.prepared[part].sources.tolist() for part in ("val", "train"))
+    assert (held_out, trained) == ([0] * 7, [0, 1, 1, 1, 1])
+    assert len(probe.canaries) == 4
+    assert probe.told({**probe.history[-1], "exposure": 2.25}).endswith("exposure 2.2 bits")
+    assert SFTDataModule(canaries=path).sources["train"] == []  # nothing is trained on by itself
+    with pytest.raises(SFTError, match="filtered by Length") as caught:
+        train(steps=1, canaries=path, filters=[Length(least=3)])
+    assert path in caught.value.where
 
 
 def test_a_file_without_canaries_is_refused_before_anything_is_trained(tmp_path):

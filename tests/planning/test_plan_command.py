@@ -141,6 +141,8 @@ def test_the_terminal_tells_it_in_80_columns(capfd, config, monkeypatch):
         (("--device-memory", "much"), "'much' is no size"),
         (("--model.base", "no/such/model"), "model.base"),
         (("--trainer.strategy", "deepspeed_stage_2", "--trainer.devices", "2"), "deepspeed_stage_2"),
+        (("--trainer.strategy", "dpp"), "did you mean ddp?"),
+        (("--trainer.precision", "transformer-engine"), "use bf16-mixed"),
     ],
 )
 def test_mistakes_are_told(options, message, capfd, config):
