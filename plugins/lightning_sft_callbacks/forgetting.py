@@ -329,7 +329,6 @@ class ForgettingProbe(Probe):
     def numbers(self, record: dict[str, Any]) -> dict[str, float]:
         """Retention, gain, each domain's figures, and the share of the time that measuring takes."""
         found = super().numbers(record)
-        found.pop("step", None)
         for name, values in record["domains"].items():
             found |= {f"{name}/{key}": value for key, value in values.items() if not isinstance(value, list)}
         if record["step"]:
