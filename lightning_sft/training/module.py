@@ -145,9 +145,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         _check_options(self)
         bound_kernel_caches()
         self.model: transformers.PreTrainedModel | None = None
-        self.restored: int | None = (
-            None  # the step whose weights the run ends with, where another one than the last
-        )
+        self.restored: int | None = None  # the step whose weights the run ends with, if not the last
         self.metrics = nn.ModuleDict(
             {
                 stage: nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
@@ -250,7 +248,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         return _PRECISION_DTYPES.get(precision, torch.float32)
 
     def restore(self, weights: dict[str, Tensor], step: int) -> None:
-        """Take the weights of this step, as a checkpoint's `state_dict` holds what is trained; the run ends with them."""
+        """Take the weights of this step, as a checkpoint's `state_dict` holds them; the run ends with them."""
         parameters = dict(self.named_parameters())
         with torch.no_grad():
             for name, value in weights.items():
