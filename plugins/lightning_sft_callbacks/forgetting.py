@@ -270,7 +270,9 @@ class ForgettingProbe(Probe):
             found, kept = asked.measure(loaded, module, self.scorer(module), keep=keep)
             if loaded.texts and self.kl_top_k:
                 found = Measured(**{**asdict(found), "kl": (0.0,) * len(found.losses)})
-            if found.score is not None and (found.score < 0 or not (found.score or found.higher_is_better)):
+            if found.score is not None and not (
+                found.score > 0 or (found.score == 0 and found.higher_is_better)
+            ):
                 raise SFTError(
                     f"the base's score is {found.score:g}, of which no share can be kept",
                     where=f"ForgettingProbe, domain {loaded.domain.name}",

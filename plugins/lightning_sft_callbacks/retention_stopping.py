@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -161,6 +162,8 @@ class RetentionStopping(Callback):
 
     def _archive(self, trainer: Trainer, point: dict[str, Any]) -> None:
         place = point["gain"], point["retention"]
+        if not all(map(math.isfinite, place)):
+            return
         others = [(each, (each["gain"], each["retention"])) for each in self.archive]
         if any(dominates(other, place) or other == place for _, other in others):
             return

@@ -424,7 +424,7 @@ def test_a_catastrophe_ends_the_run_and_the_model_is_one_that_remembers(files, m
 
 def test_the_archive_holds_what_nothing_else_beats(files, model_folder, tmp_path):
     stopping = RetentionStopping(0.0, patience=99)
-    points = [(0.0, 1.0), (0.5, 0.8), (0.4, 0.7), (0.5, 0.9), (0.6, 0.85), (0.6, 0.85)]
+    points = [(0.0, 1.0), (0.5, 0.8), (0.4, 0.7), (0.5, 0.9), (0.6, 0.85), (0.6, 0.85), (math.nan, 0.0)]
 
     class Saving:
         default_root_dir = tmp_path

@@ -55,6 +55,15 @@ def test_an_evaluators_score_keeps_what_is_left_of_it():
     assert retained(*perplexity[::-1]) == 1.0
 
 
+def test_nothing_is_kept_of_a_model_whose_figures_are_no_numbers():
+    spoilt = Measured(losses=(12.0, math.nan), sizes=(5, 10), bytes=(20, 40))
+    assert retained(TEXT_0, spoilt) == change(TEXT_0, spoilt)["retention"] == 0.0
+    assert intervals({"d": TEXT_0}, {"d": spoilt}, {"d": 1.0})[1] == (0.0, 0.0)
+    for higher in (True, False):
+        scores = [Measured(score=score, higher_is_better=higher) for score in (2.0, math.nan)]
+        assert retained(*scores) == 0.0
+
+
 def test_retention_is_the_weighted_geometric_mean():
     assert retention({"a": 0.5, "b": 0.8}, {"a": 1, "b": 3}) == pytest.approx(0.5**0.25 * 0.8**0.75)
     assert retention({"a": 0.5, "b": 0.5}, {"a": 1, "b": 1}) == pytest.approx(0.5)
