@@ -322,7 +322,8 @@ class ForgettingProbe(Probe):
         parts.append(planned.Part(lengths, least, most))
         steps, training = planned.forward_passes(module, frozen=references.keeps_base(module))
         every = None if self.is_auto else self.every_n_steps
-        found = planned.plan(parts, steps=steps, training=training, cost=self.cost, every_n_steps=every)
+        cost = planned.AIM * self.cost
+        found = planned.plan(parts, steps=steps, training=training, cost=cost, every_n_steps=every)
         self.every_n_steps, self.planned_share = found.every_n_steps, found.share
         self.asked = dict(zip(sizes, found.counts, strict=True))
 

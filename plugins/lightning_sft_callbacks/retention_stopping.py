@@ -228,9 +228,11 @@ def _validate(trainer: Trainer) -> None:
         return
     callbacks, vars(trainer)["callbacks"] = vars(trainer)["callbacks"], []
     trainer.validating = True
-    trainer.fit_loop.epoch_loop.val_loop.run()
-    trainer.training = True
-    vars(trainer)["callbacks"] = callbacks
+    try:
+        trainer.fit_loop.epoch_loop.val_loop.run()
+    finally:
+        trainer.training = True
+        vars(trainer)["callbacks"] = callbacks
 
 
 def _folder(trainer: Trainer) -> Path:

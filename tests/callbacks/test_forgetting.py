@@ -500,6 +500,9 @@ def test_history_and_archive_survive_a_kill(files, model_folder, tmp_path, monke
             sorted(path.name for path in (run / "pareto").iterdir()),
             (run / "model" / "model.safetensors").read_bytes(),
         )
+        *_, before, last = (f"knowledge | {record['retention']:.3f} " for record in results[case][0])
+        assert last != before
+        assert last in (run / "model/README.md").read_text()
     assert [record["step"] for record in results["whole"][0]] == [0, 2, 4, 6, 8, 10]
     assert results["killed"] == results["whole"]
 

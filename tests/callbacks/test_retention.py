@@ -94,10 +94,18 @@ def test_intervals_are_those_of_drawing_items_again():
     low, high = np.percentile(drawn, [2.5, 97.5])
     assert deltas["d"] == pytest.approx((low, high), abs=0.02)
     assert of_r == pytest.approx((math.exp(-max(0, high)), math.exp(-max(0, low))), abs=0.02)
+    alike = Measured(losses=tuple(2.1 * s for s in sizes), sizes=sizes, bytes=sizes)  # whichever are drawn
+    assert intervals({"d": before}, {"d": alike}, {"d": 1.0})[0]["d"] == pytest.approx((0.1, 0.1))
 
 
 def test_the_objective_charges_what_was_lost():
     assert objective(0.5, 0.9, 2.0) == pytest.approx(0.3)
+
+
+def test_as_good_in_one_and_better_in_the_other_dominates():
+    assert dominates((0.5, 0.9), (0.5, 0.8))
+    assert dominates((0.5, 0.9), (0.4, 0.9))
+    assert not dominates((0.5, 0.9), (0.6, 0.8))
 
 
 points = st.tuples(st.floats(-1, 1), st.floats(0, 1))
