@@ -8,6 +8,7 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -420,6 +421,32 @@ def test_a_catastrophe_ends_the_run_and_the_model_is_one_that_remembers(files, m
     assert again.measure(module.trainer, module)["retention"] == pytest.approx(best["retention"], abs=1e-6)
     kept = {Path(each["file"]).name for each in stopping.archive}
     assert {path.name for path in (tmp_path / "run" / "pareto").iterdir()} == kept
+
+
+@pytest.mark.parametrize(
+    ("measured", "reason"),
+    [
+        (
+            [(0.8, 1.0), (0.95, 2.0), (0.8, 3.0), (0.9, 4.0), (0.8, 5.0), (0.89, 6.0)],
+            "retention 0.890 is below",
+        ),
+        ([(0.9, 1.0), (0.9, 1.0), (0.9, 2.0), (0.9, 1.5), (0.9, 2.0)], "the objective is not above 2.000"),
+    ],
+)
+def test_patience_is_counted_in_measurements_in_a_row(measured, reason, monkeypatch):
+    stopping = RetentionStopping(0.9, patience=2)
+    monkeypatch.setattr(stopping, "_archive", lambda trainer, point: None)
+    trainer = SimpleNamespace(should_stop=False, is_global_zero=True, global_step=0)
+    for step, (kept, objective) in enumerate(measured):
+        assert not trainer.should_stop
+        record = {"step": step, "retention": kept, "gain": 0.0, "objective": objective}
+        monkeypatch.setattr(
+            stopping, "_probe", lambda trainer, r=record: SimpleNamespace(latest=lambda *_: r)
+        )
+        for _ in range(2):  # the same measurement is counted once
+            stopping._look(trainer, None)
+    assert trainer.should_stop
+    assert reason in (stopping.reason or "")
 
 
 def test_the_archive_holds_what_nothing_else_beats(files, model_folder, tmp_path):
