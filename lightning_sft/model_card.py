@@ -25,7 +25,9 @@ def write(model: Path, run: Path, *, license: str | None = None) -> None:
         run: The run folder, with as much of config, ledger and figures as there is.
         license: The licence's id, as the Hub knows it; None: it isn't known.
     """
-    (model / FILE).write_text("\n".join(_card(model, run, license or "unknown")) + "\n", encoding="utf-8")
+    partial = model / f"{FILE}.partial"
+    partial.write_text("\n".join(_card(model, run, license or "unknown")) + "\n", encoding="utf-8")
+    partial.replace(model / FILE)
 
 
 def _card(model: Path, run: Path, license: str) -> Iterator[str]:

@@ -224,10 +224,17 @@ class RunFolder(Callback):
         export(pl_module, folder)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Export again what a callback has put in place of the last step's weights."""
+        """Export again what a callback has put in place of the last step's weights.
+
+        The card is written again in any case, as callbacks have measured since.
+        """
         folder = Path(trainer.default_root_dir)
-        if pl_module.restored:
+        for logger in trainer.loggers:
+            logger.save()
+        if pl_module.restored is not None:
             export(pl_module, folder)
+        elif trainer.is_global_zero:
+            model_card.write(folder / MODEL, folder)
         if trainer.is_global_zero:
             (folder / ENDING).unlink(missing_ok=True)
 

@@ -145,7 +145,7 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         _check_options(self)
         bound_kernel_caches()
         self.model: transformers.PreTrainedModel | None = None
-        self.restored = False
+        self.restored: int | None = None  # the step whose weights the run ends with, if not the last
         self.metrics = nn.ModuleDict(
             {
                 stage: nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
@@ -248,13 +248,13 @@ class SFTModule(GuardedModule, Resumable, WithoutWeights):
         precision = str(self.trainer.precision) if self._trainer is not None else "32-true"
         return _PRECISION_DTYPES.get(precision, torch.float32)
 
-    def restore(self, weights: dict[str, Tensor]) -> None:
-        """Take these weights of what is trained, as a checkpoint's `state_dict` holds them; the run ends with them."""
+    def restore(self, weights: dict[str, Tensor], step: int) -> None:
+        """Take the weights of this step, as a checkpoint's `state_dict` holds them; the run ends with them."""
         parameters = dict(self.named_parameters())
         with torch.no_grad():
             for name, value in weights.items():
                 parameters[name].copy_(part_of(value, parameters[name]))
-        self.restored = True
+        self.restored = step
 
     def export(self, folder: Path) -> None:
         """Write adapter or model, tokenizer, chat template and generation config: rank 0, but all ranks call this."""

@@ -185,14 +185,7 @@ def load(domain: Domain, module: SFTModule) -> Loaded:
         SFTError: Its data can't be read, or lacks a column; says which row.
     """
     if domain.evaluator is not None:
-        items = list(domain.evaluator.requests())[: domain.limit]
-        if not items:
-            raise SFTError(
-                f"{type(domain.evaluator).__name__} asks nothing",
-                where=f"domains: {domain.name}",
-                fix="check its data, or take the domain out",
-            )
-        return Loaded(domain, items=items)
+        return Loaded(domain, items=items_of(domain.evaluator, f"domains: {domain.name}")[: domain.limit])
     path = domain.text if domain.text is not None else domain.questions
     assert path is not None
     try:
@@ -202,6 +195,20 @@ def load(domain: Domain, module: SFTModule) -> Loaded:
         return _load_questions(domain, [(str(meta), row) for meta, row in rows])
     except SFTError as error:
         raise error.at(f"domains: {domain.name}") from error
+
+
+def items_of(evaluator: Evaluator, where: str) -> list[Item]:
+    """What the evaluator asks.
+
+    Raises:
+        SFTError: Nothing.
+    """
+    items = list(evaluator.requests())
+    if not items:
+        raise SFTError(
+            f"{type(evaluator).__name__} asks nothing", where=where, fix="check its data, or take it out"
+        )
+    return items
 
 
 def _text(row: Row, where: str) -> str:
@@ -287,9 +294,19 @@ def _written(item: Item) -> int:
 
 
 def scored(evaluator: Evaluator, answered: Sequence[Answered], trainer: Trainer) -> Results:
-    """What an evaluator makes of answers that all ranks have; rank 0 judges, as a judge may be slow, or paid for."""
+    """What an evaluator makes of answers that all ranks have; rank 0 judges, as a judge may be slow, or paid for.
+
+    Raises:
+        SFTError: It makes no score of them.
+    """
     results = evaluator.score(answered) if trainer.is_global_zero else Results((), ())
     found: Results = trainer.strategy.broadcast(results)
+    if not found.scores:
+        raise SFTError(
+            f"{type(evaluator).__name__} has given no score of {len(answered)} items",
+            where="trainer.callbacks",
+            fix="check the evaluator's data and limits with lightning-sft evaluate, or take it out",
+        )
     return found
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_sft import Answered, Evaluator, Item, SFTError
-from lightning_sft_callbacks.domains import scored
+from lightning_sft_callbacks.domains import items_of, scored
 from lightning_sft_callbacks.probing import Probe
 
 if TYPE_CHECKING:
@@ -62,13 +62,23 @@ class EvaluateDuringFit(Probe):
     def measure(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
         """The scores of the model as it is now."""
         if not self._asked:
-            self._asked = [self._drawn(list(each.requests())) for each in self.evaluators]
+            where = "EvaluateDuringFit.evaluators"
+            self._asked = [self._drawn(items_of(each, where)) for each in self.evaluators]
         scorer, record = self.scorer(module), dict[str, Any]()
         for evaluator, items in zip(self.evaluators, self._asked, strict=True):
             responses = iter(scorer.run([request for item in items for request in item.requests]))
             answered = [Answered(item, tuple(next(responses) for _ in item.requests)) for item in items]
-            for score in scored(evaluator, answered, trainer).scores:
-                record[f"{score.name}/{score.metric}"] = score.value
+            found = {
+                f"{each.name}/{each.metric}": each.value
+                for each in scored(evaluator, answered, trainer).scores
+            }
+            if both := found.keys() & record.keys():
+                raise SFTError(
+                    f"two evaluators have a score that is called {min(both)}",
+                    where="EvaluateDuringFit.evaluators",
+                    fix="give each an EvaluateDuringFit of its own, with a `name`",
+                )
+            record |= found
         return record
 
     def _drawn(self, items: list[Item]) -> list[Item]:

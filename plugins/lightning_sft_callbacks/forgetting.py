@@ -265,7 +265,9 @@ class ForgettingProbe(Probe):
             found, kept = asked.measure(loaded, module, self.scorer(module), keep=keep)
             if loaded.texts and self.kl_top_k:
                 found = Measured(**{**asdict(found), "kl": (0.0,) * len(found.losses)})
-            if found.score is not None and (found.score < 0 or not (found.score or found.higher_is_better)):
+            if found.score is not None and not (
+                found.score > 0 or (found.score == 0 and found.higher_is_better)
+            ):
                 raise SFTError(
                     f"the base's score is {found.score:g}, of which no share can be kept",
                     where=f"ForgettingProbe, domain {loaded.domain.name}",
@@ -317,7 +319,8 @@ class ForgettingProbe(Probe):
         parts.append(planned.Part(lengths, least, most))
         steps, training = planned.forward_passes(module, frozen=references.keeps_base(module))
         every = None if self.is_auto else self.every_n_steps
-        found = planned.plan(parts, steps=steps, training=training, cost=self.cost, every_n_steps=every)
+        cost = planned.AIM * self.cost
+        found = planned.plan(parts, steps=steps, training=training, cost=cost, every_n_steps=every)
         self.every_n_steps, self.planned_share = found.every_n_steps, found.share
         self.asked = dict(zip(sizes, found.counts, strict=True))
 
@@ -326,7 +329,6 @@ class ForgettingProbe(Probe):
     def numbers(self, record: dict[str, Any]) -> dict[str, float]:
         """Retention, gain, each domain's figures, and the share of the time that measuring takes."""
         found = super().numbers(record)
-        found.pop("step", None)
         for name, values in record["domains"].items():
             found |= {f"{name}/{key}": value for key, value in values.items() if not isinstance(value, list)}
         if record["step"]:

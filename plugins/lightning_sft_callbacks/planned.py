@@ -19,6 +19,8 @@ TEXTS, QUESTIONS = 8, 16
 """Fewest of a domain that are asked, where there are so many."""
 EXAMPLES = 128
 """Most validation examples that are asked where nothing else is said."""
+AIM = 0.8
+"""The part of the allowed share that is planned: the rest is for what isn't counted, such as start-up and intervals."""
 _MEASUREMENTS = 5  # at the start, after each quarter, and at the end
 
 

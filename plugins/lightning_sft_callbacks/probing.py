@@ -72,7 +72,9 @@ class Probe(Callback):
 
     def numbers(self, record: dict[str, Any]) -> dict[str, float]:
         """What of the record is logged, by name; the prefix is added."""
-        return {name: value for name, value in record.items() if isinstance(value, int | float)}
+        return {
+            name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"
+        }
 
     def told(self, record: dict[str, Any]) -> str | None:
         """A line for the terminal about the record; None says nothing."""
@@ -96,16 +98,25 @@ class Probe(Callback):
         return step == 0 or (bool(self.every_n_steps) and step % self.every_n_steps == 0)
 
     def latest(self, trainer: Trainer, module: SFTModule) -> dict[str, Any]:
-        """The record of the step at hand, measured now if it wasn't yet."""
-        if not self.history or self.history[-1]["step"] != trainer.global_step:
+        """The record of the model as it is now, measured if it wasn't yet.
+
+        Where the run ends with the weights of an earlier step, the record of that step becomes the last one.
+        """
+        step = trainer.global_step if module.restored is None else module.restored
+        if self.history and self.history[-1]["step"] == step:
+            return self.history[-1]
+        known = [record for record in self.history if record["step"] == step]
+        if known:
+            self.history.append(known[-1])
+        else:
             began = time.monotonic()
             module.throughput.pause()
             with isolate_rng():  # whatever is measured may draw numbers
-                self.history.append({"step": trainer.global_step, **self.measure(trainer, module)})
+                self.history.append({"step": step, **self.measure(trainer, module)})
             module.throughput.resume()
             self.seconds += time.monotonic() - began
             self.count_time()
-            self._write(trainer)
+        self._write(trainer, module)
         return self.history[-1]
 
     def begin(self, trainer: Trainer, module: SFTModule) -> None:
@@ -147,12 +158,13 @@ class Probe(Callback):
 
     # ------------------------------------------------------------------------------------------ where
 
-    def _write(self, trainer: Trainer) -> None:
+    def _write(self, trainer: Trainer, module: SFTModule) -> None:
         record = self.history[-1]
         numbers = {f"{self.prefix}/{name}": float(value) for name, value in self.numbers(record).items()}
         for logger in trainer.loggers:
-            # The step that a logger counts is that of the last batch, from 0.
-            logger.log_metrics(numbers, step=max(0, trainer.global_step - 1))
+            # The step that a logger counts is that of the last batch, from 0; restored weights come after it.
+            place = trainer.global_step - (1 if module.restored is None else 0)
+            logger.log_metrics(numbers, step=max(0, place))
         if not trainer.is_global_zero:
             return
         if line := self.told(record):

@@ -73,9 +73,13 @@ def change(before: Measured, now: Measured) -> dict[str, float | list[int]]:
 
 
 def retained(before: Measured, now: Measured) -> float:
-    """r_d: 1 where nothing got worse. Of an evaluator's score it is the share that is left: of accuracy s / s₀, of
-    perplexity, which is better lower, s₀ / s.
+    """r_d: 1 where nothing got worse, 0 of a model whose figures are no numbers.
+
+    Of an evaluator's score it is the share that is left: of accuracy s / s₀, of perplexity, which is better lower,
+    s₀ / s.
     """
+    if math.isnan(now.score if now.score is not None else sum(now.losses)):
+        return 0.0  # max(0, nan) is 0
     if now.score is not None:
         better, other = before.score or 0.0, now.score
         if now.higher_is_better:
@@ -117,7 +121,7 @@ def intervals(
         delta = drawn @ difference / (drawn @ sizes)
         deltas[name] = _middle(delta)
         log_r -= weights[name] * np.maximum(0.0, delta) / total
-    return deltas, _middle(np.exp(log_r))
+    return deltas, _middle(np.nan_to_num(np.exp(log_r), nan=0.0))
 
 
 def objective(gain: float, kept: float, strictness: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,7 +11,9 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_sft import SFTError
+from lightning_sft_callbacks.before_after import BeforeAfter
 from lightning_sft_callbacks.forgetting import ForgettingProbe
+from lightning_sft_callbacks.probing import Probe
 from lightning_sft_callbacks.retention import dominates
 
 if TYPE_CHECKING:
@@ -58,13 +61,19 @@ class RetentionStopping(Callback):
         self.reason: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the probe.
+        """Find the probe, and go before all that measures, so that what they measure at the end is what is restored.
 
         Raises:
-            SFTError: There is none, or no validation data to measure the gain with.
+            SFTError: There is no probe to go by.
         """
-        if stage == "fit":
-            self._probe(trainer)
+        if stage != "fit":
+            return
+        self._probe(trainer)
+        others: list[Callback] = [each for each in vars(trainer)["callbacks"] if each is not self]
+        place = vars(trainer)["callbacks"].index(self)
+        measuring = [number for number, each in enumerate(others) if isinstance(each, Probe | BeforeAfter)]
+        others.insert(min(place, *measuring), self)
+        vars(trainer)["callbacks"] = others  # a new list, as Lightning goes through the old one
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at step 0, or at what the checkpoint's step was still owed."""
@@ -94,7 +103,8 @@ class RetentionStopping(Callback):
         if not self.restore or best is None or best["step"] == trainer.global_step:
             return
         saved = torch.load(self._existing(trainer, best), map_location="cpu", weights_only=True)
-        module.restore(saved["state_dict"])
+        module.restore(saved["state_dict"], best["step"])
+        _validate(trainer)
         if trainer.is_global_zero:
             print(
                 f"The model is that of step {best['step']}: retention {best['retention']:.3f}, gain {best['gain']:.3f}"
@@ -152,6 +162,8 @@ class RetentionStopping(Callback):
 
     def _archive(self, trainer: Trainer, point: dict[str, Any]) -> None:
         place = point["gain"], point["retention"]
+        if not all(map(math.isfinite, place)):
+            return
         others = [(each, (each["gain"], each["retention"])) for each in self.archive]
         if any(dominates(other, place) or other == place for _, other in others):
             return
@@ -205,6 +217,22 @@ class RetentionStopping(Callback):
         """Go on from there."""
         for name, value in state_dict.items():
             setattr(self, name, value)
+
+
+def _validate(trainer: Trainer) -> None:
+    """Log the validation's figures of the weights as they are now; no other callback takes part.
+
+    Else the last ones would be those of the last step, and a checkpoint could be made of it with these weights.
+    """
+    if not trainer.enable_validation:
+        return
+    callbacks, vars(trainer)["callbacks"] = vars(trainer)["callbacks"], []
+    trainer.validating = True
+    try:
+        trainer.fit_loop.epoch_loop.val_loop.run()
+    finally:
+        trainer.training = True
+        vars(trainer)["callbacks"] = callbacks
 
 
 def _folder(trainer: Trainer) -> Path:

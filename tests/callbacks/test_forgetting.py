@@ -8,6 +8,7 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 
 from lightning_sft import SFTDataModule, SFTError, SFTModule, run_folder
+from lightning_sft.sweeping.trial import Reporter
 from lightning_sft_adapters.full import Full
 from lightning_sft_adapters.lora import LoRA
 from lightning_sft_callbacks.domains import Domain
@@ -59,6 +61,16 @@ def probe(files, **options) -> ForgettingProbe:
         Domain("facts", questions=files["questions"]),
     ]
     return ForgettingProbe(**{"domains": domains, "every_n_steps": 2, **options})
+
+
+class Told(list[float]):
+    """A sweep that keeps what a trial tells."""
+
+    def wants_to_stop(self, value: float, at: int) -> bool:
+        self.append(value)
+        return False
+
+    def tell(self, **line: object) -> None: ...
 
 
 def train(folder, files, run: Path, *callbacks, steps: int = 5, adapter=None, rate: float = 0.02, **options):
@@ -378,17 +390,37 @@ def test_two_probes_with_names_measure_what_each_would_alone(files, model_folder
 
 
 def test_a_catastrophe_ends_the_run_and_the_model_is_one_that_remembers(files, model_folder, tmp_path):
-    measured, stopping = probe(files, every_n_steps=1), RetentionStopping(0.9, patience=2)
+    import transformers
+
+    measured = probe(files, every_n_steps=1, name="main")
+    stopping = RetentionStopping(0.9, patience=2, probe="main")
+    told = {name: Told() for name in ("val/loss", "forgetting-main/retention")}  # what a sweep hears
+    hearing = [Reporter(name, each) for name, each in told.items()]
+    at_the_end = probe(files, every_n_steps=0, name="other")
     module = train(
-        model_folder("llama"), files, tmp_path / "run", measured, stopping, adapter=Full(), steps=40, rate=2.0
-    )
+        model_folder("llama"), files, tmp_path / "run", at_the_end, measured, stopping, *hearing, adapter=Full(),
+        steps=40, rate=2.0,
+    )  # fmt: skip
     assert module.trainer.global_step < 10
     assert "below 0.9" in (stopping.reason or "")
-    assert measured.history[-1]["retention"] < 0.9
+    assert measured.history[-2]["step"] == module.trainer.global_step
+    assert measured.history[-2]["retention"] < 0.9
     best = stopping.best()
     assert best is not None
     assert best["retention"] >= 0.9
-    assert module.restored
+    assert module.restored == best["step"] == measured.history[-1]["step"] == at_the_end.history[-1]["step"]
+    assert at_the_end.history[-1]["retention"] == pytest.approx(best["retention"], abs=1e-6)
+    retention = told["forgetting-main/retention"]
+    assert retention[-1] == best["retention"] > retention[-2]
+    module.export(tmp_path / "model")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    nll, tokens = 0.0, 0
+    for example in module.data.prepared["val"].examples:
+        trained = torch.tensor(example.weights[1:]) > 0
+        targets = torch.tensor(example.input_ids[1:].tolist())[:, None]
+        nll -= float(log_p(exported, example.input_ids.tolist()).gather(1, targets)[trained].sum())
+        tokens += int(trained.sum())
+    assert told["val/loss"][-1] == pytest.approx(nll / tokens, abs=1e-5)
     again = ForgettingProbe(measured.domains, every_n_steps=0, task_examples=0)
     again._loaded, again.baseline = measured._loaded, measured.baseline
     assert again.measure(module.trainer, module)["retention"] == pytest.approx(best["retention"], abs=1e-6)
@@ -396,9 +428,35 @@ def test_a_catastrophe_ends_the_run_and_the_model_is_one_that_remembers(files, m
     assert {path.name for path in (tmp_path / "run" / "pareto").iterdir()} == kept
 
 
+@pytest.mark.parametrize(
+    ("measured", "reason"),
+    [
+        (
+            [(0.8, 1.0), (0.95, 2.0), (0.8, 3.0), (0.9, 4.0), (0.8, 5.0), (0.89, 6.0)],
+            "retention 0.890 is below",
+        ),
+        ([(0.9, 1.0), (0.9, 1.0), (0.9, 2.0), (0.9, 1.5), (0.9, 2.0)], "the objective is not above 2.000"),
+    ],
+)
+def test_patience_is_counted_in_measurements_in_a_row(measured, reason, monkeypatch):
+    stopping = RetentionStopping(0.9, patience=2)
+    monkeypatch.setattr(stopping, "_archive", lambda trainer, point: None)
+    trainer = SimpleNamespace(should_stop=False, is_global_zero=True, global_step=0)
+    for step, (kept, objective) in enumerate(measured):
+        assert not trainer.should_stop
+        record = {"step": step, "retention": kept, "gain": 0.0, "objective": objective}
+        monkeypatch.setattr(
+            stopping, "_probe", lambda trainer, r=record: SimpleNamespace(latest=lambda *_: r)
+        )
+        for _ in range(2):  # the same measurement is counted once
+            stopping._look(trainer, None)
+    assert trainer.should_stop
+    assert reason in (stopping.reason or "")
+
+
 def test_the_archive_holds_what_nothing_else_beats(files, model_folder, tmp_path):
     stopping = RetentionStopping(0.0, patience=99)
-    points = [(0.0, 1.0), (0.5, 0.8), (0.4, 0.7), (0.5, 0.9), (0.6, 0.85), (0.6, 0.85)]
+    points = [(0.0, 1.0), (0.5, 0.8), (0.4, 0.7), (0.5, 0.9), (0.6, 0.85), (0.6, 0.85), (math.nan, 0.0)]
 
     class Saving:
         default_root_dir = tmp_path
@@ -474,6 +532,9 @@ def test_history_and_archive_survive_a_kill(files, model_folder, tmp_path, monke
             sorted(path.name for path in (run / "pareto").iterdir()),
             (run / "model" / "model.safetensors").read_bytes(),
         )
+        *_, before, last = (f"knowledge | {record['retention']:.3f} " for record in results[case][0])
+        assert last != before
+        assert last in (run / "model/README.md").read_text()
     assert [record["step"] for record in results["whole"][0]] == [0, 2, 4, 6, 8, 10]
     assert results["killed"] == results["whole"]
 
@@ -518,7 +579,11 @@ def test_a_run_that_is_killed_at_its_end_still_ends_with_the_best(
         assert not (run / run_folder.ENDING).exists()
         with pytest.raises(SFTError, match="is finished"):
             fit(config, "--ckpt_path", "last", "--trainer.default_root_dir", run)
-    assert [record["step"] for record in models[0][1]] == [0, 3, 6, 9, 10]
+    steps = [record["step"] for record in models[0][1]]
+    assert steps[:-1] == [0, 3, 6, 9, 10]
+    assert steps[-1] == 0 or steps[-1] in steps[1:-2], "the last record is of the weights that were restored"
+    card = (run / "model/README.md").read_text()
+    assert f"knowledge | {models[0][1][-1]['retention']:.3f} " in card
     assert models[0][1:] == models[1][1:]
     assert all(torch.equal(models[0][0][name], models[1][0][name]) for name in models[0][0])
 

@@ -383,6 +383,20 @@ def draw() -> tuple[float, float, float]:
     return random.random(), float(np.random.rand()), float(torch.rand(1))
 
 
+class Silent(Likely):
+    """An evaluator that asks nothing."""
+
+    def requests(self):
+        return []
+
+
+class Scoreless(Likely):
+    """An evaluator that has no score."""
+
+    def score(self, answered):
+        return Results((), ())
+
+
 class Drawing(Likely):
     """An evaluator that draws from every generator of random numbers, and generates."""
 
@@ -416,6 +430,16 @@ def test_evaluators_run_on_the_way_on_the_same_items(train, model_folder):
     assert json.loads(text, parse_constant=pytest.fail)["history"][-1]["likely/nats"] is None
     with pytest.raises(SFTError, match="no evaluator"):
         EvaluateDuringFit([])
+    probe.evaluators, probe._asked = [Likely(), Likely()], []
+    with pytest.raises(SFTError, match="two evaluators have a score that is called likely/nats"):
+        probe.measure(module.trainer, module)
+    for kind, says in (
+        (Silent, "Silent asks nothing"),
+        (Scoreless, "Scoreless has given no score of 4 items"),
+    ):
+        probe.evaluators, probe._asked, probe.items = [kind()], [], None
+        with pytest.raises(SFTError, match=says):
+            probe.measure(module.trainer, module)
 
 
 # ------------------------------------------------------------------------------------------------- all

@@ -55,6 +55,15 @@ def test_an_evaluators_score_keeps_what_is_left_of_it():
     assert retained(*perplexity[::-1]) == 1.0
 
 
+def test_nothing_is_kept_of_a_model_whose_figures_are_no_numbers():
+    spoilt = Measured(losses=(12.0, math.nan), sizes=(5, 10), bytes=(20, 40))
+    assert retained(TEXT_0, spoilt) == change(TEXT_0, spoilt)["retention"] == 0.0
+    assert intervals({"d": TEXT_0}, {"d": spoilt}, {"d": 1.0})[1] == (0.0, 0.0)
+    for higher in (True, False):
+        scores = [Measured(score=score, higher_is_better=higher) for score in (2.0, math.nan)]
+        assert retained(*scores) == 0.0
+
+
 def test_retention_is_the_weighted_geometric_mean():
     assert retention({"a": 0.5, "b": 0.8}, {"a": 1, "b": 3}) == pytest.approx(0.5**0.25 * 0.8**0.75)
     assert retention({"a": 0.5, "b": 0.5}, {"a": 1, "b": 1}) == pytest.approx(0.5)
@@ -85,10 +94,18 @@ def test_intervals_are_those_of_drawing_items_again():
     low, high = np.percentile(drawn, [2.5, 97.5])
     assert deltas["d"] == pytest.approx((low, high), abs=0.02)
     assert of_r == pytest.approx((math.exp(-max(0, high)), math.exp(-max(0, low))), abs=0.02)
+    alike = Measured(losses=tuple(2.1 * s for s in sizes), sizes=sizes, bytes=sizes)  # whichever are drawn
+    assert intervals({"d": before}, {"d": alike}, {"d": 1.0})[0]["d"] == pytest.approx((0.1, 0.1))
 
 
 def test_the_objective_charges_what_was_lost():
     assert objective(0.5, 0.9, 2.0) == pytest.approx(0.3)
+
+
+def test_as_good_in_one_and_better_in_the_other_dominates():
+    assert dominates((0.5, 0.9), (0.5, 0.8))
+    assert dominates((0.5, 0.9), (0.4, 0.9))
+    assert not dominates((0.5, 0.9), (0.6, 0.8))
 
 
 points = st.tuples(st.floats(-1, 1), st.floats(0, 1))

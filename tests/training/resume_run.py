@@ -121,11 +121,11 @@ class Kill(Callback):
                 self._die("archiving", trainer)
             save(checkpoint, file)
 
-        def restoring(weights):
+        def restoring(weights, step):
             if self._is_here("restoring", trainer):
-                restore(dict(list(weights.items())[: len(weights) // 2]))
+                restore(dict(list(weights.items())[: len(weights) // 2]), step)
                 self._die("restoring", trainer)
-            restore(weights)
+            restore(weights, step)
 
         domains.measure, checkpoints.torch = measuring, SimpleNamespace(save=archiving)
         module.restore = restoring
