@@ -202,11 +202,10 @@ def _between(run: Path, model: Path, average: Sequence[str], trust_remote_code: 
     options: dict[str, Any] = found if isinstance(found, dict) else {}
     if is_adapter(model):
         with TemporaryDirectory() as place:
-            if average:
-                model = _averaged_adapter(run, model, average, Path(place) / "averaged")
+            source = _averaged_adapter(run, model, average, Path(place) / "averaged") if average else model
             # of a quantised base what is left of its weights: the sum with the adapter isn't quantised either
             peft = load_trained(
-                model, dtype=torch.float32, whole_base=True, trust_remote_code=trust_remote_code
+                source, dtype=torch.float32, whole_base=True, trust_remote_code=trust_remote_code
             )
         if not _scaled(peft):
             raise SFTError(

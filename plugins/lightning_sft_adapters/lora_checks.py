@@ -225,9 +225,9 @@ def _check(adapter: LoRA, option: str, found: dict[str, bool], known: list[str])
         raise _refused(
             adapter,
             option,
-            f"nothing that gets an adapter has {', '.join(missing)}"
-            if option != "modules_to_save"
-            else f"the model has no layer {', '.join(missing)}",
+            f"the model has no layer {', '.join(missing)}"
+            if option in ("modules_to_save", "exclude_modules")
+            else f"nothing that gets an adapter has {', '.join(missing)}",
             f"its names end in {', '.join(last[:20])}" if last else "take it out",
         )
 

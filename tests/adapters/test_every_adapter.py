@@ -232,10 +232,7 @@ REFUSED = {
         "nothing that gets an adapter has nope",
     ),
     "a block too many": (partial(LoRA, layers=[0, 2]), "nothing that gets an adapter has 2"),
-    "no such layer to exclude": (
-        partial(LoRA, exclude_modules=["nope"]),
-        "nothing that gets an adapter has nope",
-    ),
+    "no such layer to exclude": (partial(LoRA, exclude_modules=["nope"]), "the model has no layer nope"),
     "no such layer to save": (partial(LoRA, modules_to_save=["nope"]), "the model has no layer nope"),
     "no such parameter": (
         partial(LoRA, target_parameters=["mlp.nope"]),

@@ -489,6 +489,9 @@ def test_the_archive_holds_what_nothing_else_beats(files, model_folder, tmp_path
         stopping._existing(Saving(), {"step": 7, "file": str(tmp_path / "pareto/step-7.ckpt")})
     stopping.min_retention = 0.88
     assert stopping.best()["step"] == 3
+    stopping.min_retention = 0.0
+    stopping.archive = [{**each, "objective": -each["gain"]} for each in stopping.archive]
+    assert stopping.best()["step"] == 0  # by J, not by gain
     stopping.min_retention = 1.1
     assert stopping.best()["step"] == 0
 
