@@ -233,7 +233,7 @@ class RunFolder(Callback):
             logger.save()
         if pl_module.restored is not None:
             export(pl_module, folder)
-        elif trainer.is_global_zero:
+        elif trainer.is_global_zero and (folder / MODEL).is_dir():  # there is none after a run of no step
             model_card.write(folder / MODEL, folder)
         if trainer.is_global_zero:
             (folder / ENDING).unlink(missing_ok=True)

@@ -364,7 +364,7 @@ def test_the_run_says_what_it_starts_from_how_it_goes_and_where_it_ends(finished
     assert any("4 examples × 1 accumulated × 1 rank" in line and "6 in all" in line for line in lines)
     progress = [line for line in lines if line.startswith("step ")]
     assert [line.split()[1] for line in progress] == [f"{step}/6" for step in range(1, 7)]
-    assert all(re.search(r"loss \d+\.\d+  tok/s [\d,]+ .*left \d+:\d\d:\d\d", line) for line in progress)
+    assert all(re.search(r"left \d+:\d\d:\d\d  loss \d+\.\d+  tok/s [\d,]+", line) for line in progress)
     assert f"The run is in {Path('runs') / 'my-1'}" in finished.printed
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -407,7 +408,10 @@ class Drawing(Likely):
 
     def score(self, answered):
         draw()
-        return super().score(answered[:-1])
+        found = super().score(answered[:-1])
+        return Results(
+            tuple(replace(each, name=f"drawing {each.name}") for each in found.scores), found.records
+        )
 
 
 def test_evaluators_run_on_the_way_on_the_same_items(train, model_folder):
@@ -425,7 +429,7 @@ def test_evaluators_run_on_the_way_on_the_same_items(train, model_folder):
     several = {"step": 2, "a/b/x": 1.0, "a/b/y": 2.0, "a/b/c/x": 3.0, "d/x": 4.0, "d/e/x": 5.0}
     assert probe.numbers(several) == {"a/b/x": 1.0, "a/b/y": 2.0, "d/x": 4.0}
     probe.history[-1]["likely/nats"] = float("nan")
-    probe._write(module.trainer)
+    probe._write(module.trainer, module)
     text = (Path(module.trainer.default_root_dir) / f"{probe.file}.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["history"][-1]["likely/nats"] is None
     with pytest.raises(SFTError, match="no evaluator"):
