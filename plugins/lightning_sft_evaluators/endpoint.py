@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 _CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English
 _LONGEST_WAIT = 600.0  # seconds that a Retry-After is waited for
-_REFUSALS = {400, 401, 403, 404, 405, 413, 422}
+_REFUSALS = {401, 403, 404, 405}
+_BAD_REQUESTS = {400, 413, 422}  # too long, or filtered: others may be answered
+_MOST_BAD = 3  # so many, and none answered, are a refusal of all
 
 
 @dataclass
@@ -145,7 +147,16 @@ class Reply:
 
 
 class _Refused(Exception):
-    """The endpoint refuses such requests: sending another one is of no use."""
+    """The endpoint refuses a request: sending it again is of no use.
+
+    Args:
+        what: How.
+        all: No other one will be answered either.
+    """
+
+    def __init__(self, what: str, all: bool) -> None:
+        super().__init__(what)
+        self.all = all
 
 
 class _Failed(Exception):
@@ -176,6 +187,8 @@ class Asker:
     _next: float = 0.0
     _over: threading.Event = field(default_factory=threading.Event)
     _refusal: str = ""
+    _bad: int = 0
+    _answered: bool = False
 
     def estimate(self, prompts: Sequence[str]) -> Estimate:
         """What asking these may cost, each different one once."""
@@ -204,6 +217,7 @@ class Asker:
             )
         found = {prompt: self._cached(prompt) for prompt in dict.fromkeys(prompts)}
         unasked = [prompt for prompt, reply in found.items() if reply is None]
+        self._answered = len(unasked) < len(found)
         if unasked:
             from httpx2 import Client
 
@@ -233,6 +247,10 @@ class Asker:
             try:
                 text = self._send(client, prompt)
             except _Refused as refused:
+                with self._lock:
+                    self._bad += 1
+                    if not refused.all and (self._answered or self._bad < _MOST_BAD):
+                        return Reply(None, str(refused))
                 self._refusal = str(refused)
                 self._over.set()
             except _Failed as failed:
@@ -240,6 +258,7 @@ class Asker:
                     return Reply(None, f"{failed}, {attempt + 1} attempts")
                 self._pause(max(failed.wait, self.endpoint.backoff * 2**attempt))
             else:
+                self._answered = True
                 self._keep(prompt, text)
                 return Reply(text)
         return Reply(None, "not asked")
@@ -255,8 +274,9 @@ class Asker:
             response = client.post(url, json=self._body(prompt), headers=headers)
         except HTTPError as error:
             raise _Failed(type(error).__name__) from None
-        if response.status_code in _REFUSALS:
-            raise _Refused(f"status {response.status_code}: {self._shown(response.text)}")
+        if response.status_code in _REFUSALS | _BAD_REQUESTS:
+            what = f"status {response.status_code}: {self._shown(response.text)}"
+            raise _Refused(what, all=response.status_code in _REFUSALS)
         if response.status_code != 200:
             raise _Failed(f"status {response.status_code}", _retry_after(response))
         try:

@@ -161,14 +161,26 @@ def test_a_damaged_file_of_the_cache_is_asked_again(stub, tmp_path):
     assert Asker(options(stub, tmp_path), "Judge").ask(["one"])[0].text == "fine"
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404])
-def test_a_refusal_ends_it_without_the_key(stub, tmp_path, status):
+@pytest.mark.parametrize(("status", "times"), [(401, 1), (403, 1), (404, 1), (400, 3), (413, 3), (422, 3)])
+def test_a_refusal_ends_it_without_the_key(stub, tmp_path, status, times):
     stub.judge = lambda prompt: "fine"
-    stub.script = [status]
+    stub.script = [status] * times
     with pytest.raises(SFTError, match=f"refuses the request: status {status}: no, Bearer …") as error:
-        Asker(options(stub, tmp_path), "Judge").ask(["one", "two", "three"])
+        Asker(options(stub, tmp_path), "Judge").ask([f"prompt {n}" for n in range(9)])
     assert KEY not in str(error.value)
-    assert len(stub.bodies) < 3
+    assert times <= len(stub.bodies) <= times + 1
+
+
+def test_a_prompt_that_is_refused_by_itself_is_one_without_a_reply(stub, tmp_path):
+    stub.judge = lambda prompt: "fine"
+    stub.script = [400, 413, None, 422, 400, 400]
+    prompts = [f"prompt {n}" for n in range(7)]
+    for _ in range(2):
+        replies = Asker(options(stub, tmp_path), "Judge").ask(prompts)
+        assert [reply.text for reply in replies] == [None, None, "fine", None, None, None, "fine"]
+        assert replies[0].failure == "status 400: no, Bearer …"
+        assert KEY not in repr(replies)
+        stub.script = [400, 400, 400, 400, 400]  # what was answered is in the cache
 
 
 def test_the_cost_is_told_and_capped_before_anything_is_sent(stub, tmp_path, capsys):
