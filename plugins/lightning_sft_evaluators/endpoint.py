@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from lightning_sft import SFTError
@@ -48,6 +48,8 @@ class Endpoint:
         price_output: What a million tokens received cost.
         max_cost: Refuse to send requests that may cost more in all, in the currency of the prices.
         cache: A folder that keeps replies by their requests; null: none.
+        body: Further fields of each request, which go over the others; null takes one out. For models that want
+            no temperature: `{temperature: null, max_tokens: null, max_completion_tokens: 1024}`.
     """
 
     base_url: str
@@ -64,6 +66,7 @@ class Endpoint:
     price_output: float | None = None
     max_cost: float | None = None
     cache: str | None = "runs/judge-cache"
+    body: dict[str, Any] | None = None
 
     def check(self, where: str) -> None:
         """Whether the options make sense, and the API key is there.
@@ -293,12 +296,14 @@ class Asker:
         return (text.replace(key, "…") if key else text)[:200]
 
     def _body(self, prompt: str) -> Mapping[str, object]:
-        return {
+        body = {
             "model": self.endpoint.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": self.endpoint.temperature,
             "max_tokens": self.endpoint.max_tokens,
+            **(self.endpoint.body or {}),
         }
+        return {name: value for name, value in body.items() if value is not None}
 
     def _wait_for_turn(self) -> None:
         """Wait until the next request may be sent, by the rate and by what other requests were told."""

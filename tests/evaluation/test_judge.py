@@ -86,6 +86,18 @@ def test_a_request_is_that_of_the_chat_completions_api(stub, tmp_path, monkeypat
     assert stub.headers[0]["Authorization"] == f"Bearer {KEY}"
 
 
+def test_fields_of_the_request_can_be_added_and_taken_out(stub, tmp_path):
+    stub.judge = lambda prompt: "fine"
+    Asker(options(stub, tmp_path), "Judge").ask(["one"])
+    body = {"max_tokens": None, "max_completion_tokens": 9, "temperature": None}
+    Asker(options(stub, tmp_path, body=body), "Judge").ask(["one"])  # another request, so not from the cache
+    assert stub.bodies[1] == {
+        "model": "judge-1",
+        "messages": [{"role": "user", "content": "one"}],
+        "max_completion_tokens": 9,
+    }
+
+
 def test_it_is_asked_again_after_any_misbehaviour(stub, tmp_path, waits):
     stub.judge = lambda prompt: "fine"
     stub.script = [500, b"{malformed", b'{"choices": []}', "cut", 503]
