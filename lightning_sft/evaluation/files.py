@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 RESULTS, ITEMS, EARLIER = "results.json", "evaluation", "earlier"
 
@@ -16,11 +17,11 @@ def as_json(value: object, indent: int | None = None) -> str:
     return json.dumps(plain, indent=indent, ensure_ascii=False)
 
 
-def _in_json(value: object) -> object:
+def _in_json(value: Any) -> object:
     if isinstance(value, Mapping):
         return dict(value)
     if getattr(value, "ndim", None) == 0:  # a number of NumPy or PyTorch
-        return value.item()  # type: ignore[attr-defined]
+        return value.item()
     return str(value)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -16,5 +18,5 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor put together on all ranks, which have to take part; another one itself."""
     if not isinstance(tensor, DTensor):
         return tensor
-    there: DTensor = tensor.to(tensor.device_mesh.device_type)  # type: ignore[assignment]  # offloaded, it is the CPU's
-    return there.full_tensor()
+    there = tensor.to(tensor.device_mesh.device_type)  # an offloaded one is on the CPU
+    return cast("DTensor", there).full_tensor()
