@@ -56,7 +56,7 @@ class Scorer:
         context_length: How many tokens the model takes at once; by default what its configuration says.
         batch_tokens: Padded tokens of a batch; by default 512 on a CPU, which its caches like, else 16,384.
             Answers are written in batches eight times as large, whose keys and values take at most 384 MiB, on a GPU
-            a quarter of what is free.
+            an eighth of its memory.
     """
 
     def __init__(
@@ -258,7 +258,7 @@ class Scorer:
 
 
 def _room(forward: Forward) -> int:
-    """How many bytes the keys and values of one batch may take."""
+    """How many bytes the keys and values of one batch may take: the same for all ranks, which a sharded model needs."""
     if forward.device.type == "cuda":
-        return torch.cuda.mem_get_info(forward.device)[0] // 4
+        return torch.cuda.mem_get_info(forward.device)[1] // 8
     return _CACHE_BYTES
