@@ -96,7 +96,9 @@ def plan(options: list[str]) -> dict[str, float]:
 
 
 def _run(what: str, options: list[str]) -> dict[str, float]:
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    from lightning_sft.allocator import environment as as_commands_have_it
+
+    environment = {"OMP_NUM_THREADS": "1", **as_commands_have_it(os.environ)}
     done = subprocess.run(
         [sys.executable, __file__, "--one", what, *options], capture_output=True, text=True, env=environment
     )

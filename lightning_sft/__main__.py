@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from lightning_sft import __version__, ranks
+from lightning_sft import __version__, allocator, ranks
 from lightning_sft.errors import SFTError
 
 COMMANDS = {
@@ -32,6 +32,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: that of the process), and return its exit status; see `status_of`."""
+    if argv is None and sys.argv[1:2] in (["fit"], ["plan"]):
+        allocator.start_again()
     return status_of(lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
 
 

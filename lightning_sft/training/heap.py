@@ -48,9 +48,9 @@ def bound_kernel_caches() -> None:
 
 
 def kernel_bytes() -> int:
-    """Bytes of the kernels that both caches keep once they are full."""
+    """Bytes of the kernels that the caches keep once they are full: the two share them."""
     sizes = (os.environ.get(name, "") for name in _CACHES)
-    return sum(int(size) if size.isdigit() else 1024 for size in sizes) * _KERNEL_BYTES
+    return max(int(size) if size.isdigit() else 1024 for size in sizes) * _KERNEL_BYTES
 
 
 class Heap:

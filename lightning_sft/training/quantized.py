@@ -39,12 +39,28 @@ def pretend_quantized(model: nn.Module, config: Any) -> list[nn.Parameter]:
         shape, loaded = layer.weight.shape, layer.weight.dtype
         packed = torch.empty(_bytes(shape, config), dtype=torch.uint8)
         layer.weight = nn.Parameter(packed, requires_grad=False)
-        compute = getattr(config, "bnb_4bit_compute_dtype", None) if _in_4_bits(config) else None
-        layer.__dict__["forward"] = partial(
-            _Dequantized.apply, layer.weight, shape, loaded, compute, layer.bias
-        )
+        if _in_4_bits(config):
+            compute = getattr(config, "bnb_4bit_compute_dtype", None)
+            forward = partial(_four_bits, layer.weight, shape, loaded, compute, layer.bias)
+        else:
+            forward = partial(_EightBits.apply, layer.weight, shape, layer.bias)
+        layer.__dict__["forward"] = forward
         made.append(layer.weight)
+    _as_on_quantised(inner, {id(weight) for weight in made}, config)
     return made
+
+
+def _as_on_quantised(model: nn.Module, packed: set[int], config: Any) -> None:
+    """Let peft's LoRA layers compute as they do on quantised ones: with a copy and casts of what these give."""
+    try:
+        from peft.tuners.lora import Linear, bnb
+    except ImportError:
+        return
+    theirs = getattr(bnb, "Linear4bit" if _in_4_bits(config) else "Linear8bitLt", None)  # with bitsandbytes
+    for layer in model.modules():
+        base = getattr(layer, "base_layer", None)
+        if theirs is not None and type(layer) is Linear and id(getattr(base, "weight", None)) in packed:
+            layer.__dict__["forward"] = partial(theirs.forward, layer)
 
 
 def _in_4_bits(config: Any) -> bool:
@@ -66,28 +82,48 @@ def _bytes(shape: torch.Size, config: Any) -> int:
     )
 
 
-class _Dequantized(torch.autograd.Function):
-    """x Wᵀ + b, with W made anew in forward and backward, first in the type it was loaded in."""
+def _four_bits(
+    packed: Tensor,
+    shape: torch.Size,
+    loaded: torch.dtype,
+    compute: torch.dtype | None,
+    bias: Tensor | None,
+    x: Tensor,
+) -> Tensor:
+    """As bitsandbytes' Linear4bit computes, in the type that it is told to."""
+    result: Tensor = _FourBits.apply(packed, shape, loaded, bias, x if compute is None else x.to(compute))
+    return result.to(x.dtype)
+
+
+class _FourBits(torch.autograd.Function):
+    """x Wᵀ + b, with W made anew, in x's type; and for the backward pass, in the type it was loaded in first."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        packed: Tensor,
-        shape: torch.Size,
-        loaded: torch.dtype,
-        compute: torch.dtype | None,
-        bias: Tensor | None,
-        x: Tensor,
+        ctx: Any, packed: Tensor, shape: torch.Size, loaded: torch.dtype, bias: Tensor | None, x: Tensor
     ) -> Tensor:
-        mixed = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        ctx.compute = mixed or compute or x.dtype
-        ctx.shape, ctx.loaded, ctx.dtype = shape, loaded, x.dtype
+        ctx.shape, ctx.loaded = shape, loaded
         ctx.save_for_backward(packed)
-        weight = torch.empty(shape, dtype=loaded).to(ctx.compute)
-        return nn.functional.linear(x.to(ctx.compute), weight, bias).to(x.dtype)
+        return nn.functional.linear(x, torch.empty(shape, dtype=x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        weight = torch.empty(ctx.shape, dtype=ctx.loaded).to(ctx.compute)
-        return None, None, None, None, None, (grad.to(ctx.compute) @ weight).to(ctx.dtype)
+        weight = torch.empty(ctx.shape, dtype=ctx.loaded).to(grad.dtype)
+        return None, None, None, None, grad @ weight
+
+
+class _EightBits(torch.autograd.Function):
+    """x Wᵀ + b, with W made anew in x's type, and x kept."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, shape: torch.Size, bias: Tensor | None, x: Tensor) -> Tensor:
+        ctx.shape = shape
+        ctx.save_for_backward(packed, x)
+        return nn.functional.linear(x, torch.empty(shape, dtype=x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        _, x = ctx.saved_tensors
+        return None, None, None, grad.to(x.dtype) @ torch.empty(ctx.shape, dtype=x.dtype)

@@ -75,10 +75,10 @@ def test_without_use_nothing_is_counted():
 def test_a_module_bounds_the_caches_of_kernels_unless_the_environment_does(monkeypatch):
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
-    assert kernel_bytes() == 2 * 1024 * 600 * 1024
+    assert kernel_bytes() == 1024 * 600 * 1024
     SFTModule(base="tiny")
     assert [os.environ[name] for name in NAMES] == ["64", "64"]
-    assert kernel_bytes() == 2 * 64 * 600 * 1024
+    assert kernel_bytes() == 64 * 600 * 1024
     monkeypatch.setenv(NAMES[0], "7")
     bound_kernel_caches()
     assert [os.environ[name] for name in NAMES] == ["7", "64"]

@@ -139,9 +139,60 @@ def test_a_quantised_base_has_so_many_bits_a_weight(options, bits):
     assert before.trained == twin.trained
 
 
-@pytest.mark.parametrize(("compute", "more"), [(torch.float32, 0), (torch.bfloat16, 2)])
-def test_quantised_weights_are_made_anew_one_layer_at_a_time(compute, more):
-    """In the type that they were loaded in, and then in the one that is computed in."""
+class Made(Alive):
+    """The bytes of what copies, casts, products and sums make, in order of size."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = self.now
+        made = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.now != before and func.__name__.split(".")[0] in ("clone", "_to_copy", "mul", "add"):
+            self.sizes.append(made.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_lora_on_quantised_layers_makes_what_it_makes_on_those_of_bitsandbytes(bits, autocast):
+    import bitsandbytes
+    import peft
+
+    options = {f"load_in_{bits}bit": True}
+    if bits == 4:
+        options["bnb_4bit_compute_dtype"] = torch.bfloat16
+
+    def sizes(layer, quantised):
+        wrapped = torch.nn.ModuleDict({"layer": layer, "head": torch.nn.Linear(1, 1)})
+        wrapped.requires_grad_(False)
+        wrapped.get_output_embeddings = lambda: wrapped["head"]
+        setattr(wrapped, f"is_loaded_in_{bits}bit", quantised)
+        wrapped = peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["layer"]), wrapped)
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if not quantised:
+            assert len(pretend_quantized(wrapped, SimpleNamespace(**options))) == 1
+        x = torch.ones(48, 256, requires_grad=True)
+        with Made() as made:
+            made.sizes = []
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                result = wrapped["layer"](x)
+            result.float().sum().backward()
+        return sorted(size for size in made.sizes if 2**14 < size < 2**16)  # of x and of the result
+
+    if bits == 4:
+        real = bitsandbytes.nn.Linear4bit(
+            256, 320, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+        )
+    else:
+        real = bitsandbytes.nn.Linear8bitLt(256, 320, bias=False, has_fp16_weights=False, threshold=6.0)
+    wanted = sizes(real.to("cpu"), True)
+    assert len(wanted) > 3
+    assert sizes(torch.nn.Linear(256, 320, bias=False), False) == wanted
+
+
+@pytest.mark.parametrize(("compute", "forward", "backward"), [(torch.float32, 4, 4), (torch.bfloat16, 2, 6)])
+def test_quantised_weights_are_made_anew_one_layer_at_a_time(compute, forward, backward):
+    """In the type that is computed in; and for the backward pass in the one that they were loaded in first."""
     weight = torch.nn.Linear(512, 512, bias=False).requires_grad_(False)
     alive = []
     config = SimpleNamespace(load_in_4bit=True, bnb_4bit_compute_dtype=compute)
@@ -149,10 +200,11 @@ def test_quantised_weights_are_made_anew_one_layer_at_a_time(compute, more):
     wrapped.get_output_embeddings = lambda: wrapped["head"]
     pretend_quantized(wrapped, config)
     x = torch.zeros(2, 512, requires_grad=True)
-    for step in (lambda: alive.append(weight(x)), lambda: alive.pop().sum().backward()):
+    steps = ((lambda: alive.append(weight(x)), forward), (lambda: alive.pop().sum().backward(), backward))
+    for step, size in steps:
         with Alive() as counted:
             step()
-        assert counted.most == pytest.approx((4 + more) * 512 * 512, rel=0.02)
+        assert counted.most == pytest.approx(size * 512 * 512, rel=0.02)
     assert x.grad.dtype == torch.float32
 
 
