@@ -16,6 +16,9 @@ from pathlib import Path
 
 _NAME = "GLIBC_TUNABLES"
 _SETTINGS = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+_MARK = "LIGHTNING_SFT_STARTED_AGAIN"
+"""The process that has been: where Python has privileges of its own, glibc's settings don't reach it."""
+
 _GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 """There with a driver of NVIDIA's, the same in WSL, and AMD's."""
 
@@ -34,11 +37,13 @@ def start_again() -> None:
     Not where the memory of tensors isn't glibc's, on GPUs or another C library; nor in a program that isn't the
     `lightning-sft` command, which may have done something already.
     """
-    wanted = environment(os.environ)
-    if wanted == dict(os.environ) or not _is_our_command() or not _is_glibc() or has_gpu():
+    wanted, process = environment(os.environ), str(os.getpid())
+    if wanted == dict(os.environ) or os.environ.get(_MARK) == process:
+        return
+    if not _is_our_command() or not _is_glibc() or has_gpu():
         return
     try:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**wanted, _MARK: process})
     except OSError:
         return  # as it is, it needs more memory
 

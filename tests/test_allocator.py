@@ -26,7 +26,8 @@ def started(monkeypatch):
     monkeypatch.setattr(os, "execve", lambda *call: calls.append(call))
     monkeypatch.setattr(allocator, "_is_glibc", lambda: True)
     monkeypatch.setattr(allocator, "has_gpu", lambda: False)
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    for name in ("GLIBC_TUNABLES", allocator._MARK):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/lightning-sft", "fit"])
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "/somewhere/bin/lightning-sft", "fit"])
     return calls
@@ -38,9 +39,25 @@ def test_the_same_command_is_started_with_the_settings_added(started, monkeypatc
     ((program, arguments, environment),) = started
     assert program == sys.executable
     assert arguments == [sys.executable, "-X", "dev", "/somewhere/bin/lightning-sft", "fit"]
-    assert environment == {**os.environ, "GLIBC_TUNABLES": SETTINGS}
+    mark = {"LIGHTNING_SFT_STARTED_AGAIN": str(os.getpid())}
+    assert environment == {**os.environ, "GLIBC_TUNABLES": SETTINGS, **mark}
     assert environment["KEPT"] == "1"
-    os.environ.update(environment)
+
+
+@pytest.mark.parametrize("lost", ["nothing", "GLIBC_TUNABLES"])
+def test_it_is_started_again_once(lost, started, monkeypatch):
+    """Also where glibc takes its settings out of the environment, as it does for programs with privileges."""
+    allocator.start_again()
+    ((_, _, environment),) = started
+    for name in environment.keys() - os.environ.keys() - {lost}:
+        monkeypatch.setenv(name, environment[name])
+    allocator.start_again()
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize("script", ["/venv/bin/lightning-sft", command_line.__file__])
+def test_both_ways_to_call_the_command_are_known(script, started, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script, "fit"])
     allocator.start_again()
     assert len(started) == 1
 
