@@ -2,9 +2,10 @@
 
 glibc takes blocks below a threshold (32 MiB at most) from its heap. An aligned request, as torch makes for every
 tensor, is cut out of a larger block, and what is left over before it goes to small objects; so a freed block often
-can't serve the next tensor of its size, and the heap grows. How far depends on everything else that is asked for in
-between. So it isn't computed: while a step is taken on tensors without numbers, every one of them is asked of
-the allocator itself, at the moment and for as long as it would live. Blocks that nobody writes to cost
+can't serve the next tensor of its size, and the heap grows: far with glibc's caches of small blocks, less without
+(`lightning_sft.allocator`). How far depends on everything else that is asked for in between. So it isn't computed:
+while a step is taken on tensors without numbers, every one of them is asked of the allocator itself, at the moment
+and for as long as it would live. Blocks that nobody writes to cost
 address space alone.
 """
 
